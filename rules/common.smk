@@ -1,0 +1,101 @@
+"""What every rule needs: the plan, and functions of an artefact's path. No rule stands here."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(workflow.basedir) / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from rlhf import codehash, config as configuration, plan as planning
+from rlhf.errors import UserError
+
+
+def requested_scenarios():
+    """Scenarios named by the targets on the command line, in that order.
+
+    From `sys.argv`: Snakemake does not yet know its targets while it reads this file.
+    """
+    targets = (argument.split("/") for argument in sys.argv[1:])
+    return [parts[1] for parts in targets if parts[0] == "results" and len(parts) > 2]
+
+
+def load_plan():
+    """The configuration and its plan; a mistake ends Snakemake with one message and code 2."""
+    try:
+        settings = configuration.load(config)
+        return settings, planning.plan(settings, codehash.digest, requested_scenarios())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+CONFIG, PLAN = load_plan()
+
+# Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+LAUNCH = f"python {SCRIPTS}/launch.py"
+
+
+def artefact(path):
+    """A function of the wildcards: the planned artefact at `path`, a pattern."""
+    return lambda wildcards: PLAN.artefacts[path.format(**wildcards)]
+
+
+def parents(path):
+    """A function of the wildcards: the paths of what an artefact is made from."""
+    return lambda wildcards: list(artefact(path)(wildcards).parents.values())
+
+
+def spec(path):
+    """A function of the wildcards: what its script reads, as one JSON text."""
+    return lambda wildcards: json.dumps(artefact(path)(wildcards).spec, sort_keys=True)
+
+
+def run_options(path):
+    """A function of the wildcards: how it is run, as one JSON text."""
+    return lambda wildcards: artefact(path)(wildcards).run.model_dump_json()
+
+
+def run_value(path, name):
+    """A function of the wildcards: one value of how it is run."""
+    return lambda wildcards: getattr(artefact(path)(wildcards).run, name)
+
+
+def describe(path):
+    """A function of the wildcards: in words, what a job makes and for whom."""
+
+    def message(wildcards):
+        made = artefact(path)(wildcards)
+        text = f"{made.title} for {', '.join(made.scenarios)}"
+        if made.run_differs:
+            others = ", ".join(made.run_differs)
+            text += f" (run as {made.scenarios[0]} says; {others} would run it otherwise)"
+        return text
+
+    return message
+
+
+def link_source(wildcards):
+    """The artefact that a name under `results/` leads into."""
+    return PLAN.artefact_of(f"results/{wildcards.result}").path
+
+
+def link_target(wildcards):
+    """The place of a result, relative to the directory that its name lies in."""
+    result = f"results/{wildcards.result}"
+    return os.path.relpath(PLAN.results[result], Path(result).parent)
+
+
+def sweep_states():
+    """Remove the training states of artefacts that are published and known to Snakemake."""
+    for made in PLAN.artefacts.values():
+        if made.stage in ("sft", "reward", "rlhf") and Path(made.path).exists():
+            shutil.rmtree(state_directory(made.path), ignore_errors=True)
+
+
+def state_directory(path):
+    """Where the unfinished state of the artefact at `path` lies."""
+    return path.replace("store/", "work/", 1)

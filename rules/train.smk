@@ -1,0 +1,76 @@
+rule sft:
+    input:
+        ancient(parents("store/sft/{name}")),
+    output:
+        directory("store/sft/{name}"),
+    log:
+        "logs/sft/{name}.log",
+    benchmark:
+        "benchmarks/sft/{name}.tsv"
+    threads: run_value("store/sft/{name}", "threads")
+    resources:
+        mem_mb=run_value("store/sft/{name}", "mem_mb"),
+        runtime=run_value("store/sft/{name}", "runtime"),
+    params:
+        spec=spec("store/sft/{name}"),
+        run=run_options("store/sft/{name}"),
+        processes=run_value("store/sft/{name}", "processes"),
+        message=describe("store/sft/{name}"),
+    message:
+        "Step 1: {params.message}"
+    shell:
+        "{LAUNCH} --processes {params.processes} --log {log}"
+        " {SCRIPTS}/train_sft.py --spec {params.spec:q} --run {params.run:q}"
+        " --work work/sft/{wildcards.name} --output {output}"
+
+
+rule reward:
+    input:
+        ancient(parents("store/reward/{name}")),
+    output:
+        directory("store/reward/{name}"),
+    log:
+        "logs/reward/{name}.log",
+    benchmark:
+        "benchmarks/reward/{name}.tsv"
+    threads: run_value("store/reward/{name}", "threads")
+    resources:
+        mem_mb=run_value("store/reward/{name}", "mem_mb"),
+        runtime=run_value("store/reward/{name}", "runtime"),
+    params:
+        spec=spec("store/reward/{name}"),
+        run=run_options("store/reward/{name}"),
+        processes=run_value("store/reward/{name}", "processes"),
+        message=describe("store/reward/{name}"),
+    message:
+        "Step 2: {params.message}"
+    shell:
+        "{LAUNCH} --processes {params.processes} --log {log}"
+        " {SCRIPTS}/train_reward.py --spec {params.spec:q} --run {params.run:q}"
+        " --work work/reward/{wildcards.name} --output {output}"
+
+
+rule rlhf:
+    input:
+        ancient(parents("store/rlhf/{name}")),
+    output:
+        directory("store/rlhf/{name}"),
+    log:
+        "logs/rlhf/{name}.log",
+    benchmark:
+        "benchmarks/rlhf/{name}.tsv"
+    threads: run_value("store/rlhf/{name}", "threads")
+    resources:
+        mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
+        runtime=run_value("store/rlhf/{name}", "runtime"),
+    params:
+        spec=spec("store/rlhf/{name}"),
+        run=run_options("store/rlhf/{name}"),
+        processes=run_value("store/rlhf/{name}", "processes"),
+        message=describe("store/rlhf/{name}"),
+    message:
+        "Step 3: {params.message}"
+    shell:
+        "{LAUNCH} --processes {params.processes} --log {log}"
+        " {SCRIPTS}/train_ppo.py --spec {params.spec:q} --run {params.run:q}"
+        " --work work/rlhf/{wildcards.name} --output {output}"

@@ -1,0 +1,105 @@
+"""Start a script as one process of every slot of every node, and write its logs.
+
+The one place that knows torchrun and the environment variables of nodes. Where a launcher has set
+LOCAL_RANK already the script is simply run. Rank 0's output goes to the terminal and to `--log`;
+with several processes every other rank's goes to a file beside it.
+
+    python scripts/launch.py --processes 2 --log logs/x.log scripts/train_sft.py --spec ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+BAR_SECONDS = 10.0  # a progress bar leaves one line in the log per so many seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=1, help="processes on this node")
+    parser.add_argument("--log", type=Path, required=True, help="where rank 0's output goes")
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    program = [args.script, *args.arguments]
+    if "LOCAL_RANK" in os.environ:
+        os.execv(sys.executable, [sys.executable, *program])
+    nodes = int(os.environ.get("NNODES", "1"))
+    if nodes * args.processes == 1:
+        command = [sys.executable, *program]
+        environment = _single_process()
+    else:
+        command = [*_torchrun(nodes, args.processes, args.log), *program]
+        environment = {}
+    sys.exit(_run(command, {**os.environ, **environment}, args.log))
+
+
+def _single_process() -> dict[str, str]:
+    """Return what torchrun would set for one process."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _torchrun(nodes: int, processes: int, log: Path) -> list[str]:
+    """Return torchrun's command line; every rank's output also lies in `{log}.ranks`."""
+    where = ["--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1")]
+    port = os.environ.get("MASTER_PORT") or (str(_free_port()) if nodes == 1 else "29500")
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes", str(nodes), "--node-rank", os.environ.get("NODE_RANK", "0"),
+        *where, "--master-port", port, "--nproc-per-node", str(processes),
+        "--log-dir", f"{log}.ranks", "--redirects", "3", "--tee", "0:3",
+    ]  # fmt: skip
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run to the end, copying output to the terminal and the log; return the exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment["PYTHONUNBUFFERED"] = "1"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: process.send_signal(received))
+        assert process.stdout is not None
+        _copy(process.stdout, file)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _copy(source: BinaryIO, log: BinaryIO) -> None:
+    """Copy output to stderr as it comes, and to the log with progress bars thinned out."""
+    last_bar, pending = 0.0, b""
+    while chunk := os.read(source.fileno(), 65536):
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.buffer.flush()
+        *lines, pending = (pending + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True) or [b""]
+        if pending.endswith((b"\n", b"\r")):
+            lines, pending = [*lines, pending], b""
+        for line in lines:
+            if line.endswith(b"\n"):
+                log.write(line)
+            elif time.monotonic() - last_bar > BAR_SECONDS and line.strip():
+                last_bar = time.monotonic()
+                log.write(line.strip() + b"\n")
+        log.flush()
+    log.write(pending)
+
+
+if __name__ == "__main__":
+    main()

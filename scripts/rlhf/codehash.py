@@ -1,0 +1,82 @@
+"""A digest of the code that makes an artefact: an entry script and the `rlhf` modules it imports.
+
+Comments, docstrings and layout do not count, and every Python version gives the same digest
+(`ast.dump` does not: its fields differ between versions).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+
+# Modules that say where, whether and how it looks, never what comes out. What the configuration
+# resolves to is in the key already. Editing one of these rebuilds nothing.
+NEUTRAL = frozenset({"config", "errors", "codehash", "store", "plan", "stage", "progress"})
+
+
+@cache
+def digest(entry: str) -> str:
+    """Return the digest of `scripts/{entry}` and every module of `rlhf` it reaches (16 hex)."""
+    lines = [f"{path.name} {_file_digest(path)}" for path in _reached(SCRIPTS / entry)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _reached(entry: Path) -> set[Path]:
+    """Return `entry` and the modules of `rlhf` that it imports, directly or not."""
+    found, waiting = {entry}, [entry]
+    while waiting:
+        for module in _imports(waiting.pop()):
+            path = SCRIPTS / "rlhf" / f"{module}.py"
+            if module not in NEUTRAL and path.exists() and path not in found:
+                found.add(path)
+                waiting.append(path)
+    return found
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield the names of modules of `rlhf` that the file imports, anywhere in it."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module == "rlhf":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf."):
+            yield str(node.module).split(".")[1]
+        elif isinstance(node, ast.Import):
+            names = (alias.name.split(".") for alias in node.names)
+            yield from (name[1] for name in names if name[0] == "rlhf" and len(name) > 1)
+
+
+@cache
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(canonical(_tree(path)).encode()).hexdigest()
+
+
+def canonical(node: object) -> str:
+    """Write a syntax tree as text without positions, docstrings and version-dependent fields."""
+    if isinstance(node, ast.AST):
+        fields = {
+            name: value
+            for name, value in ast.iter_fields(node)
+            if value not in (None, []) and name not in ("ctx", "kind", "type_comment", "type_ignores")
+        }
+        if _has_docstring(node):
+            fields["body"] = fields["body"][1:]
+        inner = ",".join(f"{name}={canonical(value)}" for name, value in sorted(fields.items()))
+        return f"{type(node).__name__}({inner})"
+    if isinstance(node, list):
+        return "[" + ",".join(map(canonical, node)) + "]"
+    return repr(node)
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None

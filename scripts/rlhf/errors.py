@@ -1,0 +1,27 @@
+"""Errors that a user can do something about."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something a user can mend; printed without a traceback, exit code 2."""
+
+
+class ConfigError(UserError):
+    """The configuration is not valid; the text lists every mistake found."""
+
+
+class DataError(UserError):
+    """A dataset or an artefact does not hold what it should."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point; a `UserError` becomes one message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

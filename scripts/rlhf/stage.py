@@ -1,0 +1,62 @@
+"""What every entry script shares: its command line, and publishing with a record of the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import store
+from rlhf.config import Run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a rule hands to its script.
+
+    `spec` is the planned artefact (stage, config, parents, code), `output` where it goes, `work`
+    where the state of an unfinished training lies, `run` how it is run.
+    """
+
+    spec: dict[str, Any]
+    output: Path
+    work: Path | None
+    run: Run | None
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        """Role -> path of what the artefact is made from."""
+        return {role: Path(path) for role, path in self.spec["parents"].items()}
+
+
+def arguments(description: str | None) -> Arguments:
+    """Read the command line of an entry script."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--spec", type=json.loads, required=True, help="the planned artefact, JSON")
+    parser.add_argument("--output", type=Path, required=True, help="the artefact's directory")
+    parser.add_argument("--work", type=Path, help="directory for the state of a training")
+    parser.add_argument("--run", type=Run.model_validate_json, help="how it is run, JSON")
+    args = parser.parse_args()
+    return Arguments(args.spec, args.output, args.work, args.run)
+
+
+@contextmanager
+def publish(args: Arguments) -> Iterator[store.Draft]:
+    """Publish the artefact; `run.json` gets times and what the block adds."""
+    started = time.time()
+    with store.publish(args.output, args.spec) as draft:
+        yield draft
+        draft.run |= {
+            "started": _clock(started), "seconds": round(time.time() - started, 1),
+            "host": os.uname().nodename, "run": args.run.model_dump() if args.run else None,
+        }  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,140 @@
+"""Artefacts: how they are named, published whole, and checked.
+
+An artefact is a directory named by a hash of what went into it. It appears under its name complete
+or not at all, and carries `provenance.json` (the same for the same inputs) and `run.json` (when,
+where, how long), which takes part in no hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import DataError, UserError
+
+PROVENANCE, RUN = "provenance.json", "run.json"
+STAMP = ".snakemake_timestamp"  # Snakemake writes it into directories that are outputs
+LIBRARIES = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "safetensors")
+
+
+def key(stage: str, config: object, parents: dict[str, str], code: str) -> str:
+    """Return the hash (12 hex) that names an artefact.
+
+    Args:
+        stage: what kind of artefact.
+        config: what changes its content, as JSON values.
+        parents: role -> path of the artefacts it is made from.
+        code: digest of the code that makes it.
+    """
+    text = json.dumps([stage, config, parents, code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass
+class Draft:
+    """An artefact that is being written; `path` becomes its final place on success."""
+
+    path: Path
+    provenance: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
+    """Give a directory to write into that becomes `path` if the block succeeds.
+
+    Raises:
+        UserError: `path` exists. Nothing is overwritten.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; nothing was overwritten. Remove it to make it anew.")
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir(parents=True)
+    draft = Draft(partial, dict(provenance))
+    yield draft
+    write_json(partial / RUN, draft.run)
+    draft.provenance["versions"] = _versions()
+    draft.provenance["files"] = file_hashes(partial)
+    write_json(partial / PROVENANCE, draft.provenance)
+    _sync(partial)
+    os.rename(partial, path)
+    _sync_one(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON the same way everywhere: sorted keys, two spaces, a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Return an artefact's provenance.
+
+    Raises:
+        DataError: it has none, so that it is no artefact or not a whole one.
+    """
+    try:
+        record: dict[str, Any] = json.loads((path / PROVENANCE).read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path} has no {PROVENANCE}: not an artefact, or not a whole one") from None
+    return record
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """Return relative name -> sha256 of every file but provenance, run record and stamp."""
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return {n: sha256(path / n) for n in names if n not in (PROVENANCE, RUN, STAMP)}
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(path: Path) -> list[str]:
+    """Compare an artefact's files with its provenance; return what differs, in words."""
+    recorded, found = read_provenance(path)["files"], file_hashes(path)
+    missing = [f"{name} is missing" for name in recorded.keys() - found.keys()]
+    changed = [f"{n} has changed" for n in recorded.keys() & found.keys() if recorded[n] != found[n]]
+    return sorted(missing + changed + [f"{n} is not part of it" for n in found.keys() - recorded.keys()])
+
+
+def parent_of(path: Path) -> Path:
+    """Return the artefact that `path` lies in: the nearest directory with a provenance.
+
+    Raises:
+        DataError: there is none.
+    """
+    real = path.resolve()
+    for candidate in (real, *real.parents):
+        if (candidate / PROVENANCE).exists():
+            return candidate
+    raise DataError(f"{path} does not lie in an artefact (no {PROVENANCE} above it)")
+
+
+def _versions() -> dict[str, str]:
+    found = {d.name.lower() for d in importlib.metadata.distributions() if d.name}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES if name in found}
+
+
+def _sync(path: Path) -> None:
+    """Flush a whole directory to disk, so that a rename never outlives its content."""
+    for entry in [*path.rglob("*"), path]:
+        _sync_one(entry)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
