@@ -21,7 +21,8 @@ rule sft:
     shell:
         "{LAUNCH} --processes {params.processes} --log {log}"
         " {SCRIPTS}/train_sft.py --spec {params.spec:q} --run {params.run:q}"
-        " --work work/sft/{wildcards.name} --output {output}"
+        " --work work/sft/{wildcards.name} --board logs/tensorboard/sft/{wildcards.name}"
+        " --output {output}"
 
 
 rule reward:
@@ -47,7 +48,8 @@ rule reward:
     shell:
         "{LAUNCH} --processes {params.processes} --log {log}"
         " {SCRIPTS}/train_reward.py --spec {params.spec:q} --run {params.run:q}"
-        " --work work/reward/{wildcards.name} --output {output}"
+        " --work work/reward/{wildcards.name} --board logs/tensorboard/reward/{wildcards.name}"
+        " --output {output}"
 
 
 rule rlhf:
@@ -73,4 +75,5 @@ rule rlhf:
     shell:
         "{LAUNCH} --processes {params.processes} --log {log}"
         " {SCRIPTS}/train_ppo.py --spec {params.spec:q} --run {params.run:q}"
-        " --work work/rlhf/{wildcards.name} --output {output}"
+        " --work work/rlhf/{wildcards.name} --board logs/tensorboard/rlhf/{wildcards.name}"
+        " --output {output}"

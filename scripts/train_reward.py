@@ -1,1 +1,31 @@
+"""Step 2: train a reward model on preference pairs."""
 
+from __future__ import annotations
+
+from rlhf import card, engine, models, reward, stage, supervised
+from rlhf.config import Reward
+from rlhf.errors import run_main
+from rlhf.templates import load_tokenizer
+
+
+def main() -> None:
+    args = stage.arguments(__doc__)
+    engine.start(args.run.threads)
+    config, seed = stage.settings(Reward, args), args.spec["config"]["seed"]
+    tokenizer = load_tokenizer(args.parents["model"])
+    dtype = engine.DTYPES[config.dtype]
+    model = models.new_scorer(args.parents["model"], dtype, tokenizer.pad_token_id, seed)
+    measured, metrics = supervised.train(
+        reward.task(tokenizer.pad_token_id), model, config, args.run, seed,
+        args.parents["data"], args.work, args.board,
+    )  # fmt: skip
+    with stage.publish(args) as draft:
+        kind = "AutoModelForSequenceClassification"
+        draft.provenance["metrics"] = measured
+        models.save(model, tokenizer, draft.path / "model")
+        card.write(draft.path / "model", "Reward model", args.spec, measured, kind)
+        metrics.finish(draft.path)
+
+
+if __name__ == "__main__":
+    run_main(main)

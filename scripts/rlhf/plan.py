@@ -160,10 +160,6 @@ class _Builder:
 
 
 def _what(config: Any) -> dict[str, Any]:
-    """Return what changes a stage's result: all of its configuration but how it is run.
-
-    A stage's model and datasets enter through its parents.
-    """
-    excluded = {"run", "datasets", "model", "revision"}
-    what: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)
+    """Return what changes a stage's result: all of its configuration but how it is run."""
+    what: dict[str, Any] = config.model_dump(mode="json", exclude={"run"})
     return what

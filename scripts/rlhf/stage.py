@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf import store
-from rlhf.config import Run
+from rlhf.config import Run, Section
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,15 @@ class Arguments:
     """What a rule hands to its script.
 
     `spec` is the planned artefact (stage, config, parents, code), `output` where it goes, `work`
-    where the state of an unfinished training lies, `run` how it is run.
+    where the state of an unfinished training lies, `board` where TensorBoard's files go, `run` how
+    it is run. The last three belong to trainings only.
     """
 
     spec: dict[str, Any]
     output: Path
-    work: Path | None
-    run: Run | None
+    work: Path
+    board: Path
+    run: Run
 
     @property
     def parents(self) -> dict[str, Path]:
@@ -41,9 +45,16 @@ def arguments(description: str | None) -> Arguments:
     parser.add_argument("--spec", type=json.loads, required=True, help="the planned artefact, JSON")
     parser.add_argument("--output", type=Path, required=True, help="the artefact's directory")
     parser.add_argument("--work", type=Path, help="directory for the state of a training")
+    parser.add_argument("--board", type=Path, help="directory for TensorBoard's files")
     parser.add_argument("--run", type=Run.model_validate_json, help="how it is run, JSON")
     args = parser.parse_args()
-    return Arguments(args.spec, args.output, args.work, args.run)
+    return Arguments(args.spec, args.output, args.work, args.board, args.run)
+
+
+def settings(kind: type[Settings], args: Arguments) -> Settings:
+    """Return the stage's section of the configuration, as the plan resolved it."""
+    what = {name: value for name, value in args.spec["config"].items() if name != "seed"}
+    return kind.model_validate({**what, "run": args.run})
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
     draft.provenance["versions"] = _versions()
     draft.provenance["files"] = file_hashes(partial)
     write_json(partial / PROVENANCE, draft.provenance)
-    _sync(partial)
+    sync(partial)
     os.rename(partial, path)
     _sync_one(path.parent)
 
@@ -126,7 +126,7 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES if name in found}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a whole directory to disk, so that a rename never outlives its content."""
     for entry in [*path.rglob("*"), path]:
         _sync_one(entry)

@@ -1,0 +1,125 @@
+"""Models: loading, what they compute for us, saving. Dropout is off, always.
+
+Letters: B batch, T tokens of a sequence, A of a response, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.errors import DataError
+from rlhf.tokens import Padded
+
+
+def load_actor(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Raises:
+        DataError: weights are missing, unexpected or of another shape; they are named.
+    """
+    return _load(AutoModelForCausalLM, path, dtype, allowed=set())
+
+
+def load_scorer(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a reward model: a sequence classifier with one label.
+
+    Raises:
+        DataError: as `load_actor`.
+    """
+    return _load(AutoModelForSequenceClassification, path, dtype, allowed=set(), num_labels=1)
+
+
+def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTrainedModel:
+    """Make a reward model from a language model, with a fresh head: normal, sd 1/sqrt(h + 1).
+
+    Raises:
+        DataError: as `load_actor`.
+    Source: Stiennon et al. 2020, appendix; `notes/ppo.md` keeps the peers' values.
+    """
+    model = _load(
+        AutoModelForSequenceClassification, path, dtype,
+        allowed={"score.weight", "lm_head.weight"}, num_labels=1, pad_token_id=pad_id,
+    )  # fmt: skip
+    head: Tensor = model.score.weight
+    noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.copy_(noise / (head.shape[1] + 1) ** 0.5)
+    return model
+
+
+def _load(kind: Any, path: Path, dtype: torch.dtype, allowed: set[str], **options: Any) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, **options)
+    for name in vars(config):
+        if "drop" in name and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    model, info = kind.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    found = {what: sorted(map(str, set(info[what]) - allowed)) for what in info if info[what]}
+    if wrong := {what: names for what, names in found.items() if names}:
+        raise DataError(f"{path} does not hold the weights that its config.json says: {wrong}")
+    return model
+
+
+def hidden_inputs(batch: Padded) -> dict[str, Tensor]:
+    """Return a model's inputs; positions count real tokens, so padding moves nothing."""
+    return {
+        "input_ids": batch.ids, "attention_mask": batch.mask.long(), "position_ids": batch.positions
+    }  # fmt: skip
+
+
+def response_logits(model: nn.Module, batch: Padded, length: int, temperature: float = 1.0) -> Tensor:
+    """Return (B, A, V) float32: logits that predict the last `length` tokens, over temperature."""
+    logits = model(**hidden_inputs(batch), use_cache=False, logits_to_keep=length + 1).logits
+    scaled: Tensor = logits[:, :-1].float() / temperature
+    return scaled
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B, A) float32: log-probability of each token under (B, A, V) logits."""
+    return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+
+def masked_logprobs(model: Any, batch: Padded, labels: Tensor) -> Tensor:
+    """Return (N,) float32: log-probability of each of the N tokens where `labels` (B, T) is True.
+
+    The vocabulary is only looked at where it counts: logits of prompts and padding are not made.
+    """
+    hidden = model.base_model(**hidden_inputs(batch), use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:]]).float()
+    return -F.cross_entropy(logits, batch.ids[:, 1:][labels[:, 1:]], reduction="none")
+
+
+def token_values(model: Any, batch: Padded) -> Tensor:
+    """Return (B, T) float32: a scorer's output at every token."""
+    hidden = model.base_model(**hidden_inputs(batch), use_cache=False).last_hidden_state
+    values: Tensor = model.score(hidden)[..., 0].float()
+    return values
+
+
+def scores(model: Any, batch: Padded) -> Tensor:
+    """Return (B,) float32: a scorer's output at the last real token of each sequence."""
+    return token_values(model, batch).gather(1, batch.last[:, None])[:, 0]
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Write a plain Hugging Face directory: safetensors, whole tokenizer, generation settings."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(model, "lm_head"):
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0,
+        )  # fmt: skip
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,44 @@
+"""The order in which rows are seen: a function of seed and step, with nothing to remember.
+
+Rows form an endless stream, one shuffled pass after another, so that no batch is short and no row
+is left out. Within a window of some batches rows are sorted by length and the batches shuffled, so
+that a batch holds rows of like length and little padding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@lru_cache(maxsize=2)
+def _pass(rows: int, seed: int, epoch: int) -> Indices:
+    return np.random.default_rng([seed, 1, epoch]).permutation(rows)
+
+
+def stream(rows: int, seed: int, start: int, count: int) -> Indices:
+    """Return which rows stand at `count` places of the stream from `start` on."""
+    places = np.arange(start, start + count)
+    epochs = range(start // rows, (start + count - 1) // rows + 1)
+    parts = [_pass(rows, seed, e)[places[places // rows == e] % rows] for e in epochs]
+    return np.concatenate(parts)
+
+
+def batch(lengths: NDArray[np.int64], size: int, step: int, seed: int, window: int = 32) -> Indices:
+    """Return the rows of one batch, sorted by length.
+
+    Args:
+        lengths: (N,) tokens of every row.
+        size: rows of a batch.
+        step: which batch, from 0.
+        window: batches within which rows are grouped by length; 1 leaves them as they come.
+    """
+    which = step // window
+    rows = stream(len(lengths), seed, which * window * size, window * size)
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    turn = np.random.default_rng([seed, 2, which]).permutation(window)[step % window]
+    return rows[turn * size : (turn + 1) * size]

@@ -1,0 +1,91 @@
+"""The training loop of steps 1 and 2: rows in, one loss down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf import engine, order
+from rlhf.batch import plan_batch, training_steps
+from rlhf.config import Run, Training
+from rlhf.metrics import Metrics, Values, significant
+from rlhf.progress import progress
+from rlhf.rows import Ids, Rows
+from rlhf.state import State
+from rlhf.tokens import Padded
+
+Batch = Sequence[list[Ids]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned. Both functions take the bare model.
+
+    `loss(model, rows)` gives the sum over its terms and their number; the mean over a whole batch
+    is what is trained. `evaluate(model, rows)` measures on held-out rows.
+    """
+
+    terms: Callable[[Batch], int]
+    loss: Callable[[Any, Batch], Tensor]
+    evaluate: Callable[[Any, Batch], Values]
+
+
+def train(
+    task: Task, model: Any, config: Training, run: Run, seed: int, data: Path, work: Path, board: Path
+) -> tuple[Values, Metrics]:
+    """Train `model` in place, from the newest state in `work` if there is one.
+
+    Returns:
+        the last measurement on held-out rows, and the metrics of all steps.
+    """
+    state = State(work, {})
+    state.lock()
+    rows, held_out = Rows(data / "train"), Rows(data / "eval")
+    batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
+    trained = engine.initialise(model, config.optimizer, batch, config.dtype, steps)
+    state.engines["model"] = trained
+    done, _ = state.load() or (0, {})
+    metrics, lengths = Metrics(work, board, done), rows.tokens_per_row
+    for step in (bar := progress(range(done, steps), "training", unit="step", start=done, total=steps)):
+        chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, seed)]
+        values = _step(task, trained, chosen, batch.micro_batch_size)
+        metrics.log(step + 1, values)
+        if (step + 1) % run.log_steps == 0:
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        if (step + 1) % run.save_steps == 0 or step + 1 == steps:
+            state.save(step + 1, {})
+    sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
+    with engine.evaluating(trained.module):
+        measured = task.evaluate(trained.module, sample)
+    return {name: significant(value) for name, value in measured.items()}, metrics
+
+
+def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Values:
+    """Do one optimizer step; return its metrics."""
+    terms, total = task.terms(rows), 0.0
+    learning_rate = trained.get_lr()[0]
+
+    def losses() -> Any:
+        nonlocal total
+        for start in range(0, len(rows), micro_batch_size):
+            loss = task.loss(trained.module, rows[start : start + micro_batch_size]) / terms
+            total += loss.item()
+            yield loss
+
+    grad_norm = engine.optimise(trained, losses())
+    return {"loss": total, "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def in_batches(rows: Batch, size: int = 64) -> Any:
+    """Yield rows in batches of like length, for measuring."""
+    ordered = sorted(rows, key=lambda row: sum(map(len, row)))
+    yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+def on_device(batch: Padded) -> Padded:
+    """Return a batch on this process's device."""
+    return batch.to(engine.device())
