@@ -14,9 +14,16 @@ include: "rules/common.smk"
 workdir: CONFIG.pvc
 
 
+wildcard_constraints:
+    scenario="|".join(CONFIG.scenarios),
+    stage="sft|reward|rlhf",
+    result="sft/actor|reward/model|rlhf/actor|rlhf/critic|rlhf/eval",
+
+
 localrules:
     all,
     link,
+    link_curves,
 
 
 rule all:

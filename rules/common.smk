@@ -78,15 +78,19 @@ def describe(path):
     return message
 
 
-def link_source(wildcards):
-    """The artefact that a name under `results/` leads into."""
-    return PLAN.artefact_of(f"results/{wildcards.result}").path
+def link_source(path):
+    """A function of the wildcards: the artefact that a name under `results/` leads into."""
+    return lambda wildcards: PLAN.artefact_of(path.format(**wildcards)).path
 
 
-def link_target(wildcards):
-    """The place of a result, relative to the directory that its name lies in."""
-    result = f"results/{wildcards.result}"
-    return os.path.relpath(PLAN.results[result], Path(result).parent)
+def link_target(path):
+    """A function of the wildcards: a result's place, relative to where its name lies."""
+
+    def target(wildcards):
+        result = path.format(**wildcards)
+        return os.path.relpath(PLAN.results[result], Path(result).parent)
+
+    return target
 
 
 def sweep_states():

@@ -71,9 +71,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     environment["PYTHONUNBUFFERED"] = "1"
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: process.send_signal(received))
         assert process.stdout is not None

@@ -11,7 +11,15 @@ import difflib
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from rlhf import catalog
 from rlhf.errors import ConfigError
@@ -279,10 +287,12 @@ def _chain(name: str, tree: Tree) -> list[tuple[str, Tree]]:
             layer = {}
         if not isinstance(layer, dict):
             known = ", ".join(map(str, scenarios))
-            raise ConfigError(f"scenarios.{seen[-2] if len(seen) > 1 else name}: base {current!r}"
-                              f" is no scenario; there are: {known}"
-                              if current not in scenarios
-                              else f"scenarios.{current} = {layer!r}: should be a mapping")
+            raise ConfigError(
+                f"scenarios.{seen[-2] if len(seen) > 1 else name}: base {current!r}"
+                f" is no scenario; there are: {known}"
+                if current not in scenarios
+                else f"scenarios.{current} = {layer!r}: should be a mapping"
+            )
         chain.append((f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
         current = layer.get("base")
         if current in seen:

@@ -97,15 +97,25 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
     Raises:
         FloatingPointError: a loss or the gradient is not finite. No batch is skipped.
     """
+    norm = 0.0
     for loss in losses:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {engine.global_steps}")
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+        if engine.is_gradient_accumulation_boundary():
+            norm = _gradient_norm(engine)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
         engine.step()
-    norm = float(engine.get_global_grad_norm() or 0.0)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
     return norm
+
+
+def _gradient_norm(engine: Any) -> float:
+    """Return the norm before clipping; DeepSpeed reports none for an unsharded fp32 engine."""
+    optimizer = engine.optimizer
+    masters = getattr(optimizer, "fp32_groups_gradients_flat", None)
+    gradients = masters or [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
 
 @contextmanager

@@ -94,11 +94,17 @@ class _Builder:
         both = {"sft": sft, "reward": reward}
         prompts = self.data("rlhf", actor, s.rlhf.datasets, {"max_tokens": s.rlhf.max_prompt_tokens})
         rlhf = self.add(
-            "rlhf", _what(s.rlhf), {**both, "data": prompts}, s.rlhf.run,
+            "rlhf",
+            _what(s.rlhf),
+            {**both, "data": prompts},
+            s.rlhf.run,
             f"PPO of {s.actor.model} against {s.reward.model}",
         )
         eval_ = self.add(
-            "eval", s.eval.model_dump(mode="json"), {**both, "rlhf": rlhf, "data": prompts}, s.rlhf.run,
+            "eval",
+            s.eval.model_dump(mode="json"),
+            {**both, "rlhf": rlhf, "data": prompts},
+            s.rlhf.run,
             f"replies of {s.actor.model} before and after RLHF",
         )
         return {
@@ -134,8 +140,13 @@ class _Builder:
         return self.add(stage, _what(config), {**parents, "data": data}, config.run, f"{what} {model}")
 
     def add(
-        self, stage: str, config: dict[str, Any], parents: dict[str, str], run: Run | None,
-        title: str, source: str | None = None,
+        self,
+        stage: str,
+        config: dict[str, Any],
+        parents: dict[str, str],
+        run: Run | None,
+        title: str,
+        source: str | None = None,
     ) -> str:
         """Record an artefact, or that this scenario wants it too; return its path."""
         if stage in ("sft", "reward", "rlhf"):

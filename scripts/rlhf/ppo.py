@@ -153,13 +153,17 @@ def _update(
                     actor, (_actor_loss(actor.module, seen, targets, r, config, tokens, parts) for r in rows)
                 ),
                 "critic_grad_norm": engine.optimise(
-                    critic, (_critic_loss(critic.module, seen, targets, r, config, tokens, parts) for r in rows)
+                    critic,
+                    (_critic_loss(critic.module, seen, targets, r, config, tokens, parts) for r in rows),
                 ),
             }
             sums = {name: sum(p[name] for p in parts if name in p) for p in parts for name in p}
             history.append({**sums, **norms, **rates})
     means = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
-    return means | {"ratio_max": max(h["ratio_mean"] for h in history), "first_approx_kl": history[0]["approx_kl"]}
+    return means | {
+        "ratio_max": max(h["ratio_mean"] for h in history),
+        "first_approx_kl": history[0]["approx_kl"],
+    }
 
 
 def _actor_loss(

@@ -59,9 +59,7 @@ def gae(
 def policy_loss(logratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Return (B, A): the clipped surrogate loss of each token. Source: Schulman et al. 2017, eq. 7."""
     ratio = logratio.exp()
-    return torch.maximum(
-        -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    )
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:

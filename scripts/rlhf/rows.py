@@ -58,9 +58,7 @@ class Rows(Sequence[list[Ids]]):
         index = np.load(path / "index.npy", mmap_mode="r")
         self._offsets, self._lengths = index[:, 0], index[:, 1:]
         size = (path / "tokens.bin").stat().st_size
-        self._tokens: Ids = (
-            np.memmap(path / "tokens.bin", np.int32, "r") if size else np.zeros(0, np.int32)
-        )
+        self._tokens: Ids = np.memmap(path / "tokens.bin", np.int32, "r") if size else np.zeros(0, np.int32)
 
     def __len__(self) -> int:
         return len(self._offsets)

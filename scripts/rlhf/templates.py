@@ -59,7 +59,9 @@ def prompt_texts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[
 
 
 def response_texts(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[str]], texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[str]],
+    texts: Sequence[str],
     responses: Sequence[str],
 ) -> list[str]:
     """Return each reply as it follows its prompt's text, with the EOS that ends it.

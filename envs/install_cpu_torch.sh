@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs the CPU build of torch: from where pip looks anyway if a CPU build lies there, otherwise
+# from PyTorch's own index for CPU builds.
+set -euo pipefail
+version=$(grep '^torch==' envs/constraints.txt)
+index=https://download.pytorch.org/whl/cpu
+if "${PIP:-pip}" install --quiet --dry-run --no-deps --report - "$version" 2>/dev/null | grep -q '+cpu'; then
+    "${PIP:-pip}" install --quiet "$version"
+else
+    "${PIP:-pip}" install --quiet --extra-index-url "$index" "$version+cpu"
+fi

@@ -1,0 +1,81 @@
+"""Talk to a model: hold a conversation, or answer one prompt.
+
+python scripts/chat.py results/tiny/rlhf/actor
+python scripts/chat.py results/tiny/rlhf/actor --prompt "how are you?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import readline  # noqa: F401  (input() gets line editing)
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rlhf.errors import UserError, run_main
+from rlhf.generation import Sampling, generate, uniforms
+from rlhf.models import load_actor
+from rlhf.templates import load_tokenizer, prompt_texts
+from rlhf.tokens import pad
+from transformers import PreTrainedTokenizerFast
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path, help="directory of the model")
+    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--seed", type=int, help="of sampling; drawn when not given")
+    args = parser.parse_args()
+    if not (args.model / "config.json").exists():
+        raise UserError(f"{args.model} is no model directory (no config.json); make it with snakemake")
+    tokenizer = load_tokenizer(args.model)
+    model = load_actor(args.model, torch.float32).eval()
+    sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    if args.prompt is not None:
+        print(answer(model, tokenizer, [args.prompt], sampling, seed))
+        return
+    turns: list[str] = []
+    while (line := _read()) is not None:
+        turns.append(line)
+        turns.append(answer(model, tokenizer, turns, sampling, seed + len(turns)))
+        print(turns[-1])
+
+
+def _read() -> str | None:
+    """Return a line from the user, or None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], sampling: Sampling, seed: int
+) -> str:
+    """Return a reply to a conversation; its oldest turns are left out where it grows too long.
+
+    Raises:
+        UserError: even the last turn alone is too long for the model.
+    """
+    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    for start in range(0, len(turns), 2):
+        text = prompt_texts(tokenizer, [turns[start:]])[0]
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
+        if len(ids) <= room:
+            noise = uniforms(seed, 0, [0], sampling.max_new_tokens)
+            made = generate(model, pad([ids], sampling.pad_id, side="left"), sampling, noise)
+            return str(tokenizer.decode(made.responses[0], skip_special_tokens=True)).strip()
+    raise UserError(
+        f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the reply at most"
+        f" {room} fit: shorten it, or lower --max-new-tokens"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,193 @@
+"""Looking after a volume: what lies on it, what differs, what may be adopted or removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf import store
+from rlhf.errors import DataError, UserError
+from rlhf.plan import Artefact, Plan
+
+PLACES = ("models/*/*", "datasets/*/*", "store/*/*")
+
+
+class Volume:
+    """The artefacts below `root`, seen with the plan of the current configuration and code."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self.root, self.plan = root, plan
+
+    def present(self) -> list[Path]:
+        """Return all whole artefacts."""
+        found = (path for place in PLACES for path in sorted(self.root.glob(place)))
+        return [path for path in found if (path / store.PROVENANCE).exists()]
+
+    def names(self) -> dict[Path, list[str]]:
+        """Return artefact -> names under `results/` that lead into it."""
+        names: dict[Path, list[str]] = {}
+        for link in sorted((self.root / "results").rglob("*")):
+            if link.is_symlink() and link.exists():
+                artefact = Path(os.path.relpath(store.parent_of(link), self.root.resolve()))
+                names.setdefault(artefact, []).append(link.relative_to(self.root).as_posix())
+        return names
+
+    def listing(self) -> list[str]:
+        """Return one line per artefact: size, age, path, names."""
+        names, now = self.names(), time.time()
+        return [
+            f"{human(size(path)):>9}  {(now - (path / store.PROVENANCE).stat().st_mtime) / 86400:6.1f} d  {path}"
+            + "".join(f"\n{'':21}<- {name}" for name in names.get(path, []))
+            for path in self.present()
+        ]
+
+    def find(self, name: str) -> Path:
+        """Return the artefact of a name, path or key; it need not exist if it is planned.
+
+        Raises:
+            UserError: nothing, or more than one, is meant.
+        """
+        wanted = name.rstrip("/")
+        if wanted in self.plan.results:
+            return Path(self.plan.artefact_of(wanted).path)
+        known = {*map(str, self.present()), *self.plan.artefacts}
+        meant = sorted(path for path in known if path == wanted or path.endswith(wanted))
+        if len(meant) == 1:
+            return Path(meant[0])
+        raise UserError(f"{name!r} means {'no artefact' if not meant else ', '.join(meant)}; see `ls`")
+
+    def record(self, path: Path) -> dict[str, Any]:
+        """Return what an artefact is made of: its provenance, or the plan's word."""
+        if (path / store.PROVENANCE).exists():
+            return store.read_provenance(path)
+        return self.plan.artefacts[str(path)].spec
+
+    def why(self, name: str) -> list[str]:
+        """Say what differs between an artefact and its nearest relatives of the same stage."""
+        path = self.find(name)
+        mine = self.record(path)
+        lines = [f"{path} {'is there' if path.exists() else 'is missing'}"]
+        others = [p for p in self.present() if p != path and self.record(p)["stage"] == mine["stage"]]
+        ranked = sorted((differing(mine, self.record(p)), str(p)) for p in others)
+        if not ranked:
+            return [*lines, f"there is no other {mine['stage']} artefact"]
+        for differences, other in sorted(ranked, key=lambda r: len(r[0]))[:3]:
+            lines.append(f"from {other} it differs in:")
+            lines += [f"  {text}" for text in differences]
+        return lines
+
+    def adopt(self, name: str) -> list[str]:
+        """Give an existing artefact, and what it is made from, the name that the current code asks for.
+
+        Raises:
+            UserError: no artefact differs from a missing one in its code alone.
+        """
+        lines: list[str] = []
+        target = self.plan.artefacts.get(str(self.find(name)))
+        if target is None:
+            raise UserError(f"{name} is not what the current configuration and code ask for")
+        for artefact in self._ancestors(target):
+            if not Path(artefact.path).exists():
+                relative = self._relative(artefact)
+                _copy(relative, artefact)
+                lines.append(f"{artefact.path} adopted from {relative}")
+        return lines or [f"{target.path} and what it is made from are there already"]
+
+    def _ancestors(self, artefact: Artefact) -> list[Artefact]:
+        """Return an artefact and all it is made from, parents first."""
+        found: dict[str, Artefact] = {}
+        for parent in artefact.parents.values():
+            found |= {a.path: a for a in self._ancestors(self.plan.artefacts[parent])}
+        return [*found.values(), artefact]
+
+    def _relative(self, artefact: Artefact) -> Path:
+        """Return the newest artefact that differs in its code, or its parents', alone."""
+        for path in sorted(self.present(), key=lambda p: -(p / store.PROVENANCE).stat().st_mtime):
+            record = store.read_provenance(path)
+            same = record["stage"] == artefact.stage and record["config"] == artefact.spec["config"]
+            if (
+                same
+                and record["parents"].keys() == artefact.parents.keys()
+                and all(
+                    self._is_adopted(artefact.parents[role], old) for role, old in record["parents"].items()
+                )
+            ):
+                return path
+        raise UserError(f"nothing to adopt as {artefact.path}: no artefact differs in its code alone")
+
+    def _is_adopted(self, new: str, old: str) -> bool:
+        return new == old or old in store.read_provenance(self.root / new).get("adopted_from", [])
+
+    def unused(self) -> list[Path]:
+        """Return artefacts that no result names or is made from, and states of published ones."""
+        used: set[Path] = set()
+        waiting = list(self.names())
+        while waiting:
+            path = waiting.pop()
+            if path not in used:
+                used.add(path)
+                waiting += [Path(p) for p in store.read_provenance(path)["parents"].values()]
+        states = [w for w in sorted(self.root.glob("work/*/*")) if Path("store", *w.parts[-2:]).exists()]
+        return [path for path in self.present() if path not in used] + states
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove directories."""
+        for path in paths:
+            shutil.rmtree(path)
+
+
+def _copy(source: Path, artefact: Artefact) -> None:
+    """Publish `source` again under the name of `artefact`, on the same disk blocks where possible."""
+    old = store.read_provenance(source)
+    record = {
+        **artefact.spec, **{k: old[k] for k in ("metrics",) if k in old},
+        "adopted_from": [*old.get("adopted_from", []), str(source)],
+    }  # fmt: skip
+    with store.publish(Path(artefact.path), record) as draft:
+        for name in old["files"]:
+            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, draft.path / name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a volume without hard links
+        shutil.copy2(source, target)
+
+
+def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return in words how two records differ, in configuration, parents and code."""
+    lines = []
+    for part in ("config", "parents"):
+        a, b = mine[part], other[part]
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                lines.append(f"{part}.{key}: {a.get(key)!r}, there {b.get(key)!r}")
+    return lines + ([] if mine["code"] == other["code"] else ["the code that makes it"])
+
+
+def differences(path: Path) -> list[str]:
+    """Return what is wrong with an artefact, in words."""
+    try:
+        return store.check(path)
+    except DataError as error:
+        return [str(error)]
+
+
+def size(path: Path) -> int:
+    """Return the bytes of all files below a directory."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def human(size_bytes: float) -> str:
+    """Return a size to read."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"

@@ -1,0 +1,83 @@
+"""Look after the artefacts: what is there, why it is made anew, and what may go.
+
+    python scripts/store.py ls
+    python scripts/store.py why results/tiny/rlhf/actor
+    python scripts/store.py adopt results/tiny/rlhf/actor
+    python scripts/store.py gc
+    python scripts/store.py verify [NAME ...]
+
+NAME is a name under results/, a path in the store, or the end of one (a key).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from rlhf import codehash, config, plan, upkeep
+from rlhf.errors import UserError, run_main
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--configfile", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument("--pvc", type=Path, help="the volume; by default what the configuration says")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="what is there, size, age, and which results name it")
+    for command, text in (
+        ("why", "what differs from its nearest relatives"),
+        ("adopt", "declare an existing artefact, and what it is made from, valid for the current code"),
+    ):
+        commands.add_parser(command, help=text).add_argument("name")
+    gc = commands.add_parser("gc", help="remove what no result names; shows first, asks")
+    gc.add_argument("--yes", action="store_true", help="do not ask")
+    commands.add_parser("verify", help="compare files with their hashes").add_argument("name", nargs="*")
+    args = parser.parse_args()
+    settings = config.load(yaml.safe_load(args.configfile.read_text()))
+    os.chdir(args.pvc or PROJECT / settings.pvc)
+    volume = upkeep.Volume(Path(), plan.plan(settings, codehash.digest))
+    if args.command == "ls":
+        print("\n".join(volume.listing()))
+    elif args.command == "why":
+        print("\n".join(volume.why(args.name)))
+    elif args.command == "adopt":
+        print("\n".join(volume.adopt(args.name)))
+    elif args.command == "gc":
+        collect(volume, args.yes)
+    else:
+        verify(volume, args.name)
+
+
+def collect(volume: upkeep.Volume, yes: bool) -> None:
+    """Show what no result names; remove it if the user agrees."""
+    unused = volume.unused()
+    for path in unused:
+        print(f"{upkeep.human(upkeep.size(path)):>9}  {path}")
+    if not unused:
+        print("every artefact is named by a result, or part of one that is")
+    elif yes or (sys.stdin.isatty() and input(f"remove these {len(unused)}? [y/N] ").lower() == "y"):
+        volume.remove(unused)
+        print(f"removed {len(unused)}")
+    else:
+        print("nothing removed; answer y, or give --yes")
+
+
+def verify(volume: upkeep.Volume, names: list[str]) -> None:
+    """Check artefacts; raise UserError naming every difference."""
+    paths = [volume.find(name) for name in names] or volume.present()
+    wrong = {path: found for path in paths if (found := upkeep.differences(path))}
+    if wrong:
+        lines = [f"{path}: {text}" for path, texts in wrong.items() for text in texts]
+        raise UserError("artefacts differ from their provenance:\n  " + "\n  ".join(lines))
+    print(f"{len(paths)} artefacts are whole")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,62 @@
+"""Running the real Snakefile."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+class Pipeline:
+    """The project's Snakefile on a volume of its own."""
+
+    def __init__(self, volume: Path, project: Path = PROJECT) -> None:
+        self.volume, self.project = volume, project
+
+    def snakemake(self, *arguments: str, config: str = "", check: bool = True) -> subprocess.CompletedProcess:
+        """Run Snakemake; `config` is YAML that is laid over config.yaml."""
+        extra = self.volume / "overrides.yaml"
+        extra.write_text(f"pvc: {self.volume}\n{config}")
+        command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", str(extra)]
+        run = subprocess.run(command, cwd=self.project, capture_output=True, text=True, check=False)
+        if check:
+            assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+        return run
+
+    def jobs(self, *targets: str, config: str = "") -> dict[str, int]:
+        """Return rule -> number of jobs that Snakemake would run."""
+        text = self.snakemake("-n", *targets, config=config).stdout
+        table = re.search(r"^job +count\n[- ]+\n(.*?)^total", text, re.M | re.S)
+        if table is None:
+            assert "Nothing to be done" in text, text
+            return {}
+        return {line.split()[0]: int(line.split()[1]) for line in table[1].splitlines()}
+
+    def artefact(self, result: str) -> Path:
+        """Return the artefact that a name under results/ leads into."""
+        path = (self.volume / "results" / result).resolve()
+        return path if (path / "provenance.json").exists() else path.parent
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Pipeline:
+    """The pipeline on an empty volume."""
+    return Pipeline(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The pipeline after `smoke`; $SMOKE_VOLUME keeps the volume between test runs."""
+    kept = os.environ.get("SMOKE_VOLUME")
+    volume = Path(kept) if kept else tmp_path_factory.mktemp("smoke")
+    volume.mkdir(exist_ok=True, parents=True)
+    pipeline = Pipeline(volume)
+    names = ["sft/actor", "reward/model", "rlhf/actor", "rlhf/critic", "rlhf/eval", "rlhf/curves.png"]
+    pipeline.snakemake(*(f"results/smoke/{name}" for name in names))
+    return pipeline

@@ -1,0 +1,83 @@
+"""Killed at a step and resumed, a stage makes the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ENTRY = {"sft": "train_sft.py", "reward": "train_reward.py", "rlhf": "train_ppo.py"}
+RESULT = {"sft": "sft/actor", "reward": "reward/model", "rlhf": "rlhf/actor"}
+
+
+def start(smoke, stage: str, published: Path, tmp_path: Path) -> subprocess.Popen:
+    """Start a stage's script as its rule does, writing elsewhere."""
+    provenance = json.loads((published / "provenance.json").read_text())
+    spec = {name: provenance[name] for name in ("stage", "config", "parents", "code")}
+    run = json.loads((published / "run.json").read_text())["run"]
+    command = [
+        sys.executable, str(smoke.project / "scripts/launch.py"), "--log", str(tmp_path / "log"),
+        str(smoke.project / "scripts" / ENTRY[stage]), "--spec", json.dumps(spec), "--run", json.dumps(run),
+        "--output", str(tmp_path / "again"), "--work", str(tmp_path / "work"), "--board", str(tmp_path / "board"),
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=smoke.volume, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Return name -> content of an artefact's files, but for the record of the run."""
+    ignored = ("run.json", ".snakemake_timestamp")
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in path.rglob("*")
+        if p.is_file() and p.name not in ignored
+    }
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path):
+    published = smoke.artefact(f"smoke/{RESULT[stage]}")
+    process = start(smoke, stage, published, tmp_path)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "work").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "again").exists()
+    assert list((tmp_path / "work").glob("step-*"))
+    assert start(smoke, stage, published, tmp_path).wait(timeout=120) == 0
+    assert "resumed after step" in (tmp_path / "log").read_text()
+    ours, theirs = files(tmp_path / "again"), files(published)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(smoke, tmp_path):
+    published = smoke.artefact("smoke/reward/model")
+    assert start(smoke, "reward", published, tmp_path).wait(timeout=120) == 0
+    newest = sorted((tmp_path / "work").glob("step-*"))[-1]
+    damaged = next((newest / "model").rglob("*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (tmp_path / "again").rename(tmp_path / "first")
+    assert start(smoke, "reward", published, tmp_path).wait(timeout=120) == 0
+    assert "is damaged and not used" in (tmp_path / "log").read_text()
+    assert files(tmp_path / "again") == files(tmp_path / "first")
+
+
+def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
+    published = smoke.artefact("smoke/sft/actor")
+    first = start(smoke, "sft", published, tmp_path)
+    while not (tmp_path / "work/lock").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert start(smoke, "sft", published, tmp_path).wait(timeout=120) == 2
+    assert "trains the same artefact" in (tmp_path / "log").read_text()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()

@@ -1,0 +1,154 @@
+"""The whole pipeline at tiny scale: what it makes, and what it makes anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ACTOR = "results/smoke/rlhf/actor"
+FASTER = "scenarios: {smoke: {reward: {optimizer: {learning_rate: 6.0e-4}}}}"
+
+
+def test_after_a_run_there_is_nothing_to_do(smoke):
+    assert smoke.jobs(ACTOR) == {}
+
+
+def test_finished_states_are_gone_and_every_artefact_is_whole(smoke):
+    assert not [p for p in smoke.volume.glob("work/*/*") if p.is_dir()]
+    command = [sys.executable, str(smoke.project / "scripts/store.py"), "--pvc", str(smoke.volume), "verify"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "artefacts are whole" in run.stdout
+
+
+def test_the_actor_is_a_plain_model_that_answers_and_stops_at_eos(smoke):
+    path = smoke.volume / ACTOR
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    chat = [{"role": "user", "content": "hello, how are you?"}]
+    inputs = tokenizer.apply_chat_template(
+        [chat] * 32, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    torch.manual_seed(1)
+    out = model.generate(**inputs, max_new_tokens=60)[:, inputs["input_ids"].shape[1] :]
+    ended = [row for row in out.tolist() if tokenizer.eos_token_id in row]
+    assert len(ended) > 16
+    assert all(set(row[row.index(tokenizer.eos_token_id) + 1 :]) <= {tokenizer.pad_token_id} for row in ended)
+
+
+def test_the_reward_model_gives_the_scores_that_ppo_saw(smoke):
+    from rlhf.models import load_scorer, scores
+    from rlhf.tokens import Padded
+
+    path = smoke.volume / "results/smoke/reward/model"
+    theirs, ours = AutoModelForSequenceClassification.from_pretrained(path), load_scorer(path, torch.float32)
+    ids = torch.randint(6, 1024, (8, 20), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[::2, 12:] = False
+    ids[~mask] = theirs.config.pad_token_id
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
+        torch.testing.assert_close(scores(ours, Padded(ids, mask)), expected)
+
+
+def test_chat_answers_one_prompt(smoke):
+    command = [
+        sys.executable, str(smoke.project / "scripts/chat.py"), str(smoke.volume / ACTOR),
+        "--prompt", "hello", "--seed", "1", "--temperature", "0.5",
+    ]  # fmt: skip
+    answers = {subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(answers) == 1
+    assert answers.pop().strip()
+
+
+def test_ppo_learns_and_its_control_does_not(smoke):
+    config = "scenarios: {control: {base: smoke, rlhf: {shuffle_scores: true}}}"
+    smoke.snakemake("results/control/rlhf/eval", config=config)
+    rises = {}
+    for name in ("smoke", "control"):
+        figures = json.loads((smoke.volume / f"results/{name}/rlhf/eval/summary.json").read_text())
+        rises[name] = figures["judged_after"] - figures["judged_before"]
+        assert figures["kl"] < 6
+        assert figures["distinct_2_after"] > 0.75
+    assert rises["smoke"] > 0.1
+    assert rises["control"] < 0.05
+
+
+def test_a_changed_reward_rate_rebuilds_reward_and_rlhf_and_keeps_the_old(smoke):
+    before = {name: smoke.artefact(f"smoke/{name}") for name in ("sft/actor", "reward/model", "rlhf/actor")}
+    targets = ("results/smoke/reward/model", ACTOR)
+    assert smoke.jobs(*targets, config=FASTER) == {"reward": 1, "rlhf": 1, "link": 2}
+    smoke.snakemake(*targets, config=FASTER)
+    after = {name: smoke.artefact(f"smoke/{name}") for name in before}
+    assert after["sft/actor"] == before["sft/actor"]
+    assert after["rlhf/actor"] != before["rlhf/actor"]
+    assert all(path.exists() for path in before.values())
+    assert smoke.jobs(*targets) == {"link": 2}
+    smoke.snakemake(*targets)
+    assert {name: smoke.artefact(f"smoke/{name}") for name in before} == before
+
+
+def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
+    config = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.5}}}"
+    assert smoke.jobs("results/other/rlhf/actor", config=config) == {"rlhf": 1, "link": 1}
+
+
+def test_two_swapped_learning_rates_are_noticed(smoke):
+    swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 2.0e-4}}"
+    assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, "link": 1}
+
+
+def test_a_removed_rlhf_artefact_is_made_again_alone(smoke, tmp_path):
+    artefact = smoke.artefact("smoke/rlhf/actor")
+    shutil.move(artefact, tmp_path / "kept")
+    try:
+        assert smoke.jobs(ACTOR) == {"rlhf": 1, "link": 1}
+    finally:
+        shutil.move(tmp_path / "kept", artefact)
+
+
+def test_an_edit_of_the_code_rebuilds_the_stages_that_use_it_and_a_comment_none(smoke, tmp_path):
+    project = tmp_path / "project"
+    keep = shutil.ignore_patterns(
+        ".venv", ".git", ".snakemake", "store", "models", "datasets", "work", "results"
+    )
+    shutil.copytree(smoke.project, project, ignore=keep)
+    copy = type(smoke)(smoke.volume, project)
+    reward = project / "scripts/rlhf/reward.py"
+    text = reward.read_text()
+    reward.write_text(text.replace('"""Step 2:', '"""The second step:') + "\n# a remark\n")
+    assert copy.jobs(ACTOR) == {}
+    reward.write_text(text.replace("chosen - rejected).sum()", "1.0 * (chosen - rejected)).sum()"))
+    assert copy.jobs(ACTOR) == {"reward": 1, "rlhf": 1, "link": 1}
+    adopt = [sys.executable, str(project / "scripts/store.py"), "--pvc", str(smoke.volume), "adopt", ACTOR]
+    run = subprocess.run(adopt, capture_output=True, text=True, check=True)
+    assert "adopted from" in run.stdout
+    assert copy.jobs(ACTOR) == {"link": 1}
+
+
+def test_the_store_says_what_is_there_and_why_something_is_made_anew(smoke):
+    store = [sys.executable, str(smoke.project / "scripts/store.py"), "--pvc", str(smoke.volume)]
+    listing = subprocess.run([*store, "ls"], capture_output=True, text=True, check=True).stdout
+    assert f"<- {ACTOR}" in listing
+    overrides = smoke.volume / "other.yaml"
+    text = (smoke.project / "config.yaml").read_text()
+    overrides.write_text(text.replace("iterations: 30", "iterations: 31"))
+    why = [*store[:2], "--configfile", str(overrides), *store[2:], "why", ACTOR]
+    said = subprocess.run(why, capture_output=True, text=True, check=True).stdout
+    assert "is missing" in said
+    assert "config.iterations: 31, there 30" in said
+
+
+def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):
+    store = [sys.executable, str(smoke.project / "scripts/store.py"), "--pvc", str(smoke.volume), "gc"]
+    orphan = smoke.volume / "store/sft/orphan-000000000000"
+    shutil.copytree(smoke.artefact("smoke/sft/actor"), orphan)
+    shown = subprocess.run(store, capture_output=True, text=True, check=True, input="").stdout
+    assert "orphan-000000000000" in shown
+    assert orphan.exists()
+    subprocess.run([*store, "--yes"], capture_output=True, text=True, check=True)
+    assert not orphan.exists()
+    assert smoke.artefact("smoke/rlhf/actor").exists()

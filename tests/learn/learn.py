@@ -1,0 +1,76 @@
+"""Benchmark: does PPO learn? Seeds 1, 2, 3 of `tiny`, and for each a control with shuffled scores.
+
+    make learn [LEARN_DIR=directory for the artefacts]
+
+Prints a table and fails if a bound is broken. What is measured: the mean VADER compound of sampled
+replies to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampling seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+SEEDS = (1, 2, 3)
+
+
+def main() -> None:
+    volume = Path(os.environ.get("LEARN_DIR") or tempfile.mkdtemp(prefix="learn-"))
+    volume.mkdir(parents=True, exist_ok=True)
+    overrides = json.loads(os.environ.get("LEARN_RLHF", "{}"))  # e.g. {"ppo_epochs": 4}
+    scenarios = {}
+    for seed in SEEDS:
+        scenarios[f"learn-{seed}"] = {"base": "tiny", "seed": seed, "rlhf": overrides}
+        scenarios[f"control-{seed}"] = {"base": f"learn-{seed}", "rlhf": {"shuffle_scores": True}}
+    (volume / "config.json").write_text(json.dumps({"pvc": str(volume), "scenarios": scenarios}))
+    targets = [f"results/{name}/rlhf/eval" for name in scenarios]
+    targets += [f"results/learn-{seed}/reward/model" for seed in SEEDS]
+    command = ["snakemake", *targets, "--configfile", str(volume / "config.json")]
+    subprocess.run(command, cwd=PROJECT, check=True)
+    broken = [text for name in scenarios for text in report(volume / "results" / name, name)]
+    broken += [text for seed in SEEDS for text in accuracy(volume / f"results/learn-{seed}/reward/model")]
+    print("\n".join(broken) or "all bounds hold")
+    sys.exit(1 if broken else 0)
+
+
+def report(results: Path, name: str) -> list[str]:
+    """Print a scenario's figures; return which bounds they break."""
+    f = json.loads((results / "rlhf/eval/summary.json").read_text())
+    rise = f["judged_after"] - f["judged_before"]
+    matched = f["judged_after_matched_length"] - f["judged_before"]
+    words = f["words_after"] / f["words_before"] - 1
+    print(
+        f"{name:<10} {f['judged_before']:.3f} -> {f['judged_after']:.3f} ({rise:+.3f}, matched length"
+        f" {matched:+.3f})  KL {f['kl']:.2f}  words {words:+.0%}  distinct-2 {f['distinct_2_after']:.2f}"
+    )
+    if name.startswith("control"):
+        bounds = {"rises by more than 0.05": rise > 0.05}
+    else:
+        bounds = {
+            "rises by less than 0.25": rise < 0.25,
+            "rises by less than 0.25 at matched length": matched < 0.25,
+            "KL above 5": f["kl"] > 5,
+            "distinct-2 at most 0.75": f["distinct_2_after"] <= 0.75,
+            "words up by more than 45%": words > 0.45,
+            "fewer than 512 prompts": f["prompts"] < 512,
+        }
+    return [f"{name}: {text}" for text, is_broken in bounds.items() if is_broken]
+
+
+def accuracy(model: Path) -> list[str]:
+    """Print the reward model's accuracy; return which bounds it breaks."""
+    metrics = json.loads((model.resolve().parent / "provenance.json").read_text())["metrics"]
+    print(
+        f"{model.parts[-3]}: reward accuracy {metrics['eval_accuracy']:.3f} on {metrics['eval_rows']:.0f} pairs"
+    )
+    broken = metrics["eval_accuracy"] < 0.78 or metrics["eval_rows"] < 2000
+    return [f"{model}: accuracy below 0.78 or fewer than 2,000 pairs"] if broken else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The Snakefile without running a job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ACTOR = "results/smoke/rlhf/actor"
+
+
+def test_the_plan_from_an_empty_volume_makes_each_artefact_once(empty):
+    expected = {"model": 1, "dataset": 2, "data": 3, "sft": 1, "reward": 1, "rlhf": 1, "link": 1, "total": 10}
+    expected.pop("total")
+    assert empty.jobs(ACTOR) == expected
+
+
+def test_scenarios_that_differ_in_ppo_share_all_else(empty):
+    other = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.3}}}"
+    jobs = empty.jobs(ACTOR, "results/other/rlhf/actor", config=other)
+    assert jobs["sft"] == jobs["reward"] == 1
+    assert jobs["rlhf"] == jobs["link"] == 2
+
+
+def test_a_job_says_in_words_what_it_makes_and_for_whom(empty):
+    text = empty.snakemake("-n", ACTOR).stdout
+    assert "Step 1: supervised fine-tuning of builtin/opt-2x64-bpe1024 for smoke" in text
+    assert "Step 3: PPO of builtin/opt-2x64-bpe1024 against builtin/opt-2x64-bpe1024 for smoke" in text
+
+
+def test_the_scenario_asked_for_decides_how_a_shared_artefact_is_run(empty):
+    other = "scenarios: {other: {base: smoke, sft: {run: {threads: 2}}}}"
+    text = empty.snakemake("-n", "results/other/sft/actor", config=other).stdout
+    assert "for other, smoke (run as other says; smoke would run it otherwise)" in text
+
+
+def test_steps_one_and_two_do_not_wait_for_each_other(empty):
+    lines = empty.snakemake("--dag", "dot", ACTOR).stdout.splitlines()
+    nodes = {n.split("[")[0].strip(): n for n in lines if "label" in n}
+    edges = {tuple(e.strip().split(" -> ")) for e in lines if "->" in e}
+
+    def node(word):
+        return next(key for key, text in nodes.items() if f'"{word}' in text)
+
+    assert (node("sft"), node("rlhf")) in edges
+    assert (node("reward"), node("rlhf")) in edges
+    assert (node("sft"), node("reward")) not in edges
+
+
+def test_config_mistakes_end_with_code_2_and_no_traceback(empty):
+    run = empty.snakemake(
+        "-n", ACTOR, config="scenarios: {smoke: {seed: -3, sft: {lerning: 1}}}", check=False
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert "smoke: seed = -3 (from scenarios.smoke)" in run.stderr
+    assert "smoke: sft.lerning = 1 (from scenarios.smoke): no such field" in run.stderr
+
+
+def test_an_unknown_scenario_is_refused(empty):
+    run = empty.snakemake("-n", "results/nosuch/rlhf/actor", check=False)
+    assert run.returncode == 1
+    assert "results/nosuch/rlhf/actor" in run.stderr
+
+
+def test_the_pvc_moves_artefacts_and_keeps_their_names(empty, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    names = [
+        sorted(line for line in text.splitlines() if "output: " in line)
+        for text in (
+            empty.snakemake("-n", "--verbose", ACTOR).stdout,
+            type(empty)(elsewhere).snakemake("-n", "--verbose", ACTOR).stdout,
+        )
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("script", ["launch.py", "store.py", "chat.py", "train_ppo.py"])
+def test_entry_points_explain_themselves(empty, script):
+    command = [sys.executable, str(empty.project / "scripts" / script), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage" in run.stdout
+
+
+def test_every_rule_has_log_and_benchmark_but_all(empty):
+    run = empty.snakemake("--lint", "json", check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    text = "".join(p.read_text() for p in (empty.project / "rules").glob("*.smk"))
+    rules = text.count("\nrule ") + text.startswith("rule ")
+    assert text.count("    log:\n") == text.count("    benchmark:\n")
+    assert text.count("    log:\n") >= rules > 6
+    assert json.dumps(rules)
