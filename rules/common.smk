@@ -1,4 +1,4 @@
-"""What every rule needs: the plan, and functions of an artefact's path. No rule stands here."""
+"""The plan, and functions of the wildcards that look things up in it."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPTS = Path(workflow.basedir) / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from rlhf import codehash, config as configuration, plan as planning
+from rlhf import codehash, config as configuration, plan as planning, store
 from rlhf.errors import UserError
 
 
@@ -35,8 +35,9 @@ def load_plan():
 CONFIG, PLAN = load_plan()
 
 # Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-LAUNCH = f"python {SCRIPTS}/launch.py"
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+)
 
 
 def artefact(path):
@@ -47,6 +48,11 @@ def artefact(path):
 def parents(path):
     """A function of the wildcards: the paths of what an artefact is made from."""
     return lambda wildcards: list(artefact(path)(wildcards).parents.values())
+
+
+def script(name):
+    """The path of an entry script: code lies in the repository, wherever the volume is."""
+    return f"{SCRIPTS}/{name}"
 
 
 def spec(path):
@@ -72,7 +78,9 @@ def describe(path):
         text = f"{made.title} for {', '.join(made.scenarios)}"
         if made.run_differs:
             others = ", ".join(made.run_differs)
-            text += f" (run as {made.scenarios[0]} says; {others} would run it otherwise)"
+            text += (
+                f" (run as {made.scenarios[0]} says; {others} would run it otherwise)"
+            )
         return text
 
     return message
@@ -94,9 +102,12 @@ def link_target(path):
 
 
 def sweep_states():
-    """Remove the training states of artefacts that are published and known to Snakemake."""
+    """Remove the training states of artefacts that Snakemake has stamped as complete."""
     for made in PLAN.artefacts.values():
-        if made.stage in ("sft", "reward", "rlhf") and Path(made.path).exists():
+        if (
+            made.stage in ("sft", "reward", "rlhf")
+            and Path(made.path, store.STAMP).exists()
+        ):
             shutil.rmtree(state_directory(made.path), ignore_errors=True)
 
 

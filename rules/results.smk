@@ -7,11 +7,15 @@ rule eval:
         "logs/eval/{name}.log",
     benchmark:
         "benchmarks/eval/{name}.tsv"
+    conda:
+        "../envs/training.yaml"
     threads: run_value("store/eval/{name}", "threads")
     resources:
         mem_mb=run_value("store/eval/{name}", "mem_mb"),
         runtime=run_value("store/eval/{name}", "runtime"),
     params:
+        launch=script("launch.py"),
+        script=script("compare_replies.py"),
         spec=spec("store/eval/{name}"),
         run=run_options("store/eval/{name}"),
         processes=run_value("store/eval/{name}", "processes"),
@@ -19,8 +23,8 @@ rule eval:
     message:
         "Comparison: {params.message}"
     shell:
-        "{LAUNCH} --processes {params.processes} --log {log}"
-        " {SCRIPTS}/compare_replies.py --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch} --processes {params.processes} --log {log}"
+        " {params.script} --spec {params.spec:q} --run {params.run:q}"
         " --output {output}"
 
 
@@ -33,6 +37,8 @@ rule link:
         "logs/results/{scenario}/{result}.log",
     benchmark:
         "benchmarks/results/{scenario}/{result}.tsv"
+    conda:
+        "../envs/training.yaml"
     params:
         target=link_target("results/{scenario}/{result}"),
     message:
@@ -50,6 +56,8 @@ rule link_curves:
         "logs/results/{scenario}/{stage}/curves.log",
     benchmark:
         "benchmarks/results/{scenario}/{stage}/curves.tsv"
+    conda:
+        "../envs/training.yaml"
     params:
         target=link_target("results/{scenario}/{stage}/curves.png"),
     message:

@@ -5,13 +5,17 @@ rule model:
         "logs/models/{org}/{name}@{revision}.log",
     benchmark:
         "benchmarks/models/{org}/{name}@{revision}.tsv"
+    conda:
+        "../envs/training.yaml"
     params:
+        launch=script("launch.py"),
+        script=script("fetch_model.py"),
         spec=spec("models/{org}/{name}@{revision}"),
         message=describe("models/{org}/{name}@{revision}"),
     message:
         "Pretrained model: {params.message}"
     shell:
-        "{LAUNCH} --log {log} {SCRIPTS}/fetch_model.py --spec {params.spec:q} --output {output}"
+        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"
 
 
 rule dataset:
@@ -21,13 +25,17 @@ rule dataset:
         "logs/datasets/{org}/{name}@{revision}.log",
     benchmark:
         "benchmarks/datasets/{org}/{name}@{revision}.tsv"
+    conda:
+        "../envs/training.yaml"
     params:
+        launch=script("launch.py"),
+        script=script("fetch_dataset.py"),
         spec=spec("datasets/{org}/{name}@{revision}"),
         message=describe("datasets/{org}/{name}@{revision}"),
     message:
         "Dataset: {params.message}"
     shell:
-        "{LAUNCH} --log {log} {SCRIPTS}/fetch_dataset.py --spec {params.spec:q} --output {output}"
+        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"
 
 
 rule data:
@@ -39,10 +47,14 @@ rule data:
         "logs/data/{name}.log",
     benchmark:
         "benchmarks/data/{name}.tsv"
+    conda:
+        "../envs/training.yaml"
     params:
+        launch=script("launch.py"),
+        script=script("prepare_data.py"),
         spec=spec("store/data/{name}"),
         message=describe("store/data/{name}"),
     message:
         "Data: {params.message}"
     shell:
-        "{LAUNCH} --log {log} {SCRIPTS}/prepare_data.py --spec {params.spec:q} --output {output}"
+        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"

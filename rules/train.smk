@@ -7,11 +7,15 @@ rule sft:
         "logs/sft/{name}.log",
     benchmark:
         "benchmarks/sft/{name}.tsv"
+    conda:
+        "../envs/training.yaml"
     threads: run_value("store/sft/{name}", "threads")
     resources:
         mem_mb=run_value("store/sft/{name}", "mem_mb"),
         runtime=run_value("store/sft/{name}", "runtime"),
     params:
+        launch=script("launch.py"),
+        script=script("train_sft.py"),
         spec=spec("store/sft/{name}"),
         run=run_options("store/sft/{name}"),
         processes=run_value("store/sft/{name}", "processes"),
@@ -19,8 +23,8 @@ rule sft:
     message:
         "Step 1: {params.message}"
     shell:
-        "{LAUNCH} --processes {params.processes} --log {log}"
-        " {SCRIPTS}/train_sft.py --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch} --processes {params.processes} --log {log}"
+        " {params.script} --spec {params.spec:q} --run {params.run:q}"
         " --work work/sft/{wildcards.name} --board logs/tensorboard/sft/{wildcards.name}"
         " --output {output}"
 
@@ -34,11 +38,15 @@ rule reward:
         "logs/reward/{name}.log",
     benchmark:
         "benchmarks/reward/{name}.tsv"
+    conda:
+        "../envs/training.yaml"
     threads: run_value("store/reward/{name}", "threads")
     resources:
         mem_mb=run_value("store/reward/{name}", "mem_mb"),
         runtime=run_value("store/reward/{name}", "runtime"),
     params:
+        launch=script("launch.py"),
+        script=script("train_reward.py"),
         spec=spec("store/reward/{name}"),
         run=run_options("store/reward/{name}"),
         processes=run_value("store/reward/{name}", "processes"),
@@ -46,8 +54,8 @@ rule reward:
     message:
         "Step 2: {params.message}"
     shell:
-        "{LAUNCH} --processes {params.processes} --log {log}"
-        " {SCRIPTS}/train_reward.py --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch} --processes {params.processes} --log {log}"
+        " {params.script} --spec {params.spec:q} --run {params.run:q}"
         " --work work/reward/{wildcards.name} --board logs/tensorboard/reward/{wildcards.name}"
         " --output {output}"
 
@@ -61,11 +69,15 @@ rule rlhf:
         "logs/rlhf/{name}.log",
     benchmark:
         "benchmarks/rlhf/{name}.tsv"
+    conda:
+        "../envs/training.yaml"
     threads: run_value("store/rlhf/{name}", "threads")
     resources:
         mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
         runtime=run_value("store/rlhf/{name}", "runtime"),
     params:
+        launch=script("launch.py"),
+        script=script("train_ppo.py"),
         spec=spec("store/rlhf/{name}"),
         run=run_options("store/rlhf/{name}"),
         processes=run_value("store/rlhf/{name}", "processes"),
@@ -73,7 +85,7 @@ rule rlhf:
     message:
         "Step 3: {params.message}"
     shell:
-        "{LAUNCH} --processes {params.processes} --log {log}"
-        " {SCRIPTS}/train_ppo.py --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch} --processes {params.processes} --log {log}"
+        " {params.script} --spec {params.spec:q} --run {params.run:q}"
         " --work work/rlhf/{wildcards.name} --board logs/tensorboard/rlhf/{wildcards.name}"
         " --output {output}"

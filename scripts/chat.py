@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
+
 from rlhf.errors import UserError, run_main
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.models import load_actor
 from rlhf.templates import load_tokenizer, prompt_texts
 from rlhf.tokens import pad
-from transformers import PreTrainedTokenizerFast
 
 
 def main() -> None:

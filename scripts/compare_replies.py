@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from rlhf import comparison, engine, jsonl, models, stage, store
 from rlhf.config import Eval
 from rlhf.errors import run_main

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import yaml
+
 from rlhf import codehash, config, plan, upkeep
 from rlhf.errors import UserError, run_main
 

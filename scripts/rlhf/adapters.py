@@ -47,13 +47,13 @@ Row = Response | Preference
 
 
 def chitchat(row: dict[str, Any]) -> Response:
-    """Adapt a turn and the reply to it; whole conversations stay together."""
-    return Response((row["prompt"],), row["conversation"], row["response"])
+    """Adapt a turn and the reply to it; whole blocks of conversations stay together."""
+    return Response((row["prompt"],), row["group"], row["response"])
 
 
 def chitchat_pairs(row: dict[str, Any]) -> Preference:
-    """Adapt a turn and two replies; the conversation of the turn decides the phase."""
-    return Preference((row["prompt"],), row["conversation"], row["chosen"], row["rejected"])
+    """Adapt a turn and two replies; both replies are of one block of conversations."""
+    return Preference((row["prompt"],), row["group"], row["chosen"], row["rejected"])
 
 
 ADAPTERS: dict[str, Callable[[dict[str, Any]], Row]] = {

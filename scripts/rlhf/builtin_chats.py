@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import random
 from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf.judges import vader
 from rlhf.progress import progress
 
 MAX_WORDS = 24  # of a turn; longer ones are left out, so that small models see whole replies
+BLOCK = 8  # chats whose replies may meet in a pair, and which stay in one phase
 MIN_GAP = 0.05  # between the scores of a pair: below it nothing is preferred
 
 
@@ -30,28 +32,35 @@ def chats() -> Iterator[tuple[str, list[str]]]:
 
 
 def replies() -> Iterator[dict[str, str]]:
-    """Yield a turn and the reply to it, both short and not empty."""
-    for name, turns in chats():
-        for prompt, response in zip(turns, turns[1:], strict=False):
+    """Yield a turn and the reply to it, both short and not empty; `group` is a block of chats."""
+    for number, (name, turns) in enumerate(chats()):
+        for prompt, response in pairwise(turns):
             if all(0 < len(text.split()) <= MAX_WORDS for text in (prompt, response)):
-                yield {"conversation": name, "prompt": prompt, "response": response}
+                group = f"chats-{number // BLOCK}"
+                yield {"group": group, "conversation": name, "prompt": prompt, "response": response}
 
 
 def pairs() -> Iterator[dict[str, str]]:
-    """Yield a turn with its own reply and another conversation's, the higher score preferred."""
-    rows, draw = list(replies()), random.Random("chitchat-pairs")
-    for row in rows:
-        other = draw.choice(rows)
-        if other["conversation"] == row["conversation"]:
-            continue
-        first, second = row["response"], other["response"]
-        gap = vader(first) - vader(second)
-        if abs(gap) >= MIN_GAP:
-            chosen, rejected = (first, second) if gap > 0 else (second, first)
-            yield {
-                "conversation": row["conversation"], "prompt": row["prompt"],
-                "chosen": chosen, "rejected": rejected,
-            }  # fmt: skip
+    """Yield a turn with its own reply and another conversation's, the higher score preferred.
+
+    The other conversation is of the same block, so that no reply is seen in two phases.
+    """
+    draw = random.Random("chitchat-pairs")
+    for _, block in groupby(replies(), key=lambda row: row["group"]):
+        rows = list(block)
+        for row in rows:
+            other = draw.choice(rows)
+            if other["conversation"] != row["conversation"]:
+                yield from _preferred(row, row["response"], other["response"])
+
+
+def _preferred(row: dict[str, str], first: str, second: str) -> Iterator[dict[str, str]]:
+    """Yield the pair with the higher score as chosen, unless the scores are about the same."""
+    gap = vader(first) - vader(second)
+    if abs(gap) >= MIN_GAP:
+        chosen, rejected = (first, second) if gap > 0 else (second, first)
+        kept = {name: row[name] for name in ("group", "conversation", "prompt")}
+        yield {**kept, "chosen": chosen, "rejected": rejected}
 
 
 DATASETS: dict[str, Callable[[], Iterator[dict[str, str]]]] = {

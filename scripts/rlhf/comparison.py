@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import engine, models
+from rlhf import models
 from rlhf.config import Eval
 from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
@@ -56,7 +56,7 @@ def _kl(model: Any, reference: Any, made: Generated, temperature: float) -> list
     """Return log pi - log ref of each reply, summed over its tokens (nats)."""
     length = made.response_mask.shape[1]
     batch = Padded(made.batch.ids, made.batch.mask)
-    with engine.evaluating(model):
+    with models.evaluating(model):
         both = [
             models.token_logprobs(models.response_logits(m, batch, length, temperature), made.responses)
             for m in (model, reference)

@@ -64,7 +64,6 @@ class Model(Section):
     """A pretrained model."""
 
     model: ModelName = Field(description="organisation/name; `builtin/opt-LxH-bpeV` is made here")
-    revision: str = Field("main", pattern=r"^[A-Za-z0-9_.-]+$", description="branch, tag or commit")
 
 
 class Optimizer(Section):
@@ -87,7 +86,7 @@ class Run(Section):
     micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
     threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
     save_steps: Int = Field(ge=1, description="steps between saved training states")
-    log_steps: Int = Field(ge=1, description="steps between lines of metrics.jsonl's progress bar")
+    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     runtime: Int = Field(ge=1, description="limit in minutes")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -116,15 +115,3 @@ def _gradient_norm(engine: Any) -> float:
     masters = getattr(optimizer, "fp32_groups_gradients_flat", None)
     gradients = masters or [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Run without gradients and in evaluation mode; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

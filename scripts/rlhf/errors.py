@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,6 +22,8 @@ class DataError(UserError):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
         main()
     except UserError as error:

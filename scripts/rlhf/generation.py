@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from rlhf.engine import evaluating
+from rlhf.models import evaluating
 from rlhf.tokens import Padded
 
 

@@ -5,6 +5,8 @@ Letters: B batch, T tokens of a sequence, A of a response, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path)
         )  # fmt: skip
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in evaluation mode; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf import engine, jsonl, order, ppo_math, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
 from rlhf.config import Rlhf, Run
+from rlhf.errors import DataError
 from rlhf.generation import Sampling
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import response_logits, token_logprobs, token_values
@@ -104,6 +105,8 @@ def _calibrate(
         made = rollout.reply(models.actor, rows, sampling, seed, rollout.CALIBRATION, part.start)
         raw.append(rollout.observe(models, made, config.temperature, run.micro_batch_size).scores)
     scores = torch.cat(raw)
+    if not scores.std() > 0:
+        raise DataError(f"the reward model gives every reply the same score, {float(scores[0])}")
     return Controller(float(scores.mean()), float(scores.std()), config.kl_coef)
 
 

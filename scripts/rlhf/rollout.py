@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engine import device, evaluating
+from rlhf.engine import device
 from rlhf.generation import Generated, Sampling, generate, uniforms
-from rlhf.models import response_logits, scores, token_logprobs, token_values
+from rlhf.models import evaluating, response_logits, scores, token_logprobs, token_values
 from rlhf.tokens import Ids, Padded, pad
 
 ROLLOUT, CALIBRATION, EVALUATION = 1, 2, 3  # purposes: each has its own stream of noise

@@ -13,6 +13,7 @@ from rlhf import engine, order
 from rlhf.batch import plan_batch, training_steps
 from rlhf.config import Run, Training
 from rlhf.metrics import Metrics, Values, significant
+from rlhf.models import evaluating
 from rlhf.progress import progress
 from rlhf.rows import Ids, Rows
 from rlhf.state import State
@@ -23,10 +24,10 @@ Batch = Sequence[list[Ids]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned. Both functions take the bare model.
+    """What is learned; models are bare.
 
-    `loss(model, rows)` gives the sum over its terms and their number; the mean over a whole batch
-    is what is trained. `evaluate(model, rows)` measures on held-out rows.
+    `loss(model, rows)` is a sum over `terms(rows)` terms; their mean over a whole batch is trained.
+    `evaluate(model, rows)` measures on held-out rows.
     """
 
     terms: Callable[[Batch], int]
@@ -59,7 +60,7 @@ def train(
         if (step + 1) % run.save_steps == 0 or step + 1 == steps:
             state.save(step + 1, {})
     sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
-    with engine.evaluating(trained.module):
+    with evaluating(trained.module):
         measured = task.evaluate(trained.module, sample)
     return {name: significant(value) for name, value in measured.items()}, metrics
 

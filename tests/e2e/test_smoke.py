@@ -97,7 +97,7 @@ def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
 
 
 def test_two_swapped_learning_rates_are_noticed(smoke):
-    swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 2.0e-4}}"
+    swapped = "{actor: {learning_rate: 6.0e-4}, critic: {learning_rate: 4.0e-4}}"
     assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, "link": 1}
 
 
@@ -135,11 +135,11 @@ def test_the_store_says_what_is_there_and_why_something_is_made_anew(smoke):
     assert f"<- {ACTOR}" in listing
     overrides = smoke.volume / "other.yaml"
     text = (smoke.project / "config.yaml").read_text()
-    overrides.write_text(text.replace("iterations: 30", "iterations: 31"))
+    overrides.write_text(text.replace("iterations: 40", "iterations: 41"))
     why = [*store[:2], "--configfile", str(overrides), *store[2:], "why", ACTOR]
     said = subprocess.run(why, capture_output=True, text=True, check=True).stdout
     assert "is missing" in said
-    assert "config.iterations: 31, there 30" in said
+    assert "config.iterations: 41, there 40" in said
 
 
 def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -12,8 +11,7 @@ ACTOR = "results/smoke/rlhf/actor"
 
 
 def test_the_plan_from_an_empty_volume_makes_each_artefact_once(empty):
-    expected = {"model": 1, "dataset": 2, "data": 3, "sft": 1, "reward": 1, "rlhf": 1, "link": 1, "total": 10}
-    expected.pop("total")
+    expected = {"model": 1, "dataset": 2, "data": 3, "sft": 1, "reward": 1, "rlhf": 1, "link": 1}
     assert empty.jobs(ACTOR) == expected
 
 
@@ -62,7 +60,7 @@ def test_config_mistakes_end_with_code_2_and_no_traceback(empty):
 def test_an_unknown_scenario_is_refused(empty):
     run = empty.snakemake("-n", "results/nosuch/rlhf/actor", check=False)
     assert run.returncode == 1
-    assert "results/nosuch/rlhf/actor" in run.stderr
+    assert "results/nosuch/rlhf/actor" in run.stdout + run.stderr
 
 
 def test_the_pvc_moves_artefacts_and_keeps_their_names(empty, tmp_path_factory):
@@ -85,10 +83,9 @@ def test_entry_points_explain_themselves(empty, script):
 
 
 def test_every_rule_has_log_and_benchmark_but_all(empty):
-    run = empty.snakemake("--lint", "json", check=False)
+    run = empty.snakemake("--lint", check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     text = "".join(p.read_text() for p in (empty.project / "rules").glob("*.smk"))
     rules = text.count("\nrule ") + text.startswith("rule ")
     assert text.count("    log:\n") == text.count("    benchmark:\n")
     assert text.count("    log:\n") >= rules > 6
-    assert json.dumps(rules)

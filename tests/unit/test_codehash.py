@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rlhf import codehash, plan
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+OTHER_PYTHONS = [Path.home() / f".pyenv/versions/{v}/bin/python" for v in ("3.12.1", "3.13.0")]
+
+ENTRY = '''"""Train."""
+from rlhf import near, store  # both
+
+def main(x, *, y=2):
+    """Do it."""
+    return near.f(x) + 1
+'''
+NEAR = "import rlhf.far\n\ndef f(x):\n    return rlhf.far.g(x) * 3\n"
+FAR = 'from rlhf.store import key\n\nclass A:\n    """A class."""\n\ndef g(x):\n    return f"{x}" + key\n'
+STORE = "key = 'k'\n"
+
+
+@pytest.fixture
+def digest(tmp_path, monkeypatch):
+    """Return a function: what differs from the code above -> digest of the entry script."""
+    caches = (codehash.digest, codehash._tree, codehash._file_digest)
+    (tmp_path / "rlhf").mkdir()
+    monkeypatch.setattr(codehash, "SCRIPTS", tmp_path)
+
+    def of(entry=ENTRY, near=NEAR, far=FAR, store=STORE, **others):
+        (tmp_path / "entry.py").write_text(entry)
+        for name, text in {"near": near, "far": far, "store": store, **others}.items():
+            (tmp_path / "rlhf" / f"{name}.py").write_text(text)
+        for cached in caches:
+            cached.cache_clear()
+        return codehash.digest("entry.py")
+
+    yield of
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        ENTRY.replace("# both", "# one or the other"),
+        ENTRY.replace('"""Train."""', '"""Train something.\n\nAt length.\n"""'),
+        ENTRY.replace('"""Train."""\n', ""),
+        ENTRY.replace('"""Do it."""', "'Do it at once.'"),
+        ENTRY.replace('    """Do it."""\n', ""),
+        ENTRY.replace("x, *, y=2", "\n    x,\n    *,\n    y = 2,\n"),
+        ENTRY.replace("near.f(x) + 1", "(\n        near.f(x)  # first\n        + 1)"),
+        ENTRY.replace("\n", "\n\n"),
+        ENTRY.replace("\n", "\r\n"),
+    ],
+)
+def test_comments_docstrings_and_layout_do_not_count(digest, edited):
+    assert edited != ENTRY
+    assert digest(entry=edited) == digest()
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        ENTRY.replace("+ 1", "+ 2"),
+        ENTRY.replace("+ 1", "+ 1.0"),
+        ENTRY.replace("+ 1", "+ True"),
+        ENTRY.replace("+ 1", "- 1"),
+        ENTRY.replace("y=2", "y=None"),
+        ENTRY.replace("*, y", "y"),
+        ENTRY.replace("main", "start"),
+        ENTRY.replace("    return", "    if x:\n        return"),
+        ENTRY + '"""A string that is no docstring."""\n',
+    ],
+)
+def test_an_edit_that_may_change_what_comes_out_counts(digest, edited):
+    assert edited != ENTRY
+    assert digest(entry=edited) != digest()
+
+
+def test_modules_that_are_imported_count_directly_or_not(digest):
+    assert digest(near=NEAR.replace("3", "4")) != digest()
+    assert digest(far=FAR.replace("{x}", "{x} ")) != digest()
+
+
+def test_modules_that_are_not_imported_do_not_count(digest):
+    assert digest(unrelated="x = 1\n") == digest(unrelated="x = 2\n") == digest()
+
+
+def test_an_import_inside_a_function_counts(digest):
+    entry = ENTRY + "\ndef late():\n    from rlhf import later\n"
+    assert digest(entry=entry, later="x = 1\n") != digest(entry=entry, later="x = 2\n")
+
+
+def test_neutral_modules_do_not_count(digest):
+    assert "store" in codehash.NEUTRAL
+    assert digest(store="from rlhf import more\nkey = 'another'\n", more="x = 1\n") == digest()
+
+
+def test_modules_that_import_each_other_are_read_once(digest):
+    assert digest(far=FAR + "from rlhf import near\n") != digest()
+
+
+def test_two_modules_that_swap_their_content_count(digest):
+    assert digest(near=FAR + NEAR, far=NEAR) != digest(near=NEAR, far=FAR + NEAR)
+
+
+def test_every_entry_script_has_a_digest_of_its_own():
+    digests = {codehash.digest(entry) for entry in plan.ENTRY.values()}
+    assert len(digests) == len(plan.ENTRY)
+
+
+@pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda path: path.parts[-3])
+def test_other_versions_of_python_give_the_same_digests(python):
+    if not python.exists():
+        pytest.skip(f"there is no {python} on this machine")
+    entries = list(plan.ENTRY.values())
+    program = f"from rlhf import codehash; print(*map(codehash.digest, {entries!r}))"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    there = subprocess.run(
+        [python, "-B", "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert there.stdout.split() == [codehash.digest(entry) for entry in entries]

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import config
+from rlhf.errors import ConfigError
+
+FILE = Path(__file__).parents[2] / "config.yaml"
+
+
+def written(**scenarios):
+    """Return the repository's defaults with other scenarios."""
+    return yaml.safe_load(FILE.read_text()) | {"scenarios": copy.deepcopy(scenarios)}
+
+
+def mistakes(tree):
+    """Return the lines of what `load` says, without the headline."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(tree)
+    headline, *lines = str(caught.value).split("\n")
+    assert headline.startswith(f"{len(lines)} mistake")
+    return [line.removeprefix("  - ") for line in lines]
+
+
+def the_mistake(**scenarios):
+    (only,) = mistakes(written(**scenarios))
+    return only
+
+
+def test_the_repositorys_own_file_loads():
+    loaded = config.load(yaml.safe_load(FILE.read_text()))
+    assert {"tiny", "smoke"} <= set(loaded.scenarios)
+
+
+def test_a_user_can_write_a_scenario_in_yaml_only():
+    tree = yaml.safe_load(FILE.read_text())
+    tree["scenarios"] |= yaml.safe_load("""
+    mine:
+      base: smoke
+      seed: 7
+      rlhf: {kl_coef: 0.1, actor: {learning_rate: 1.0e-5}}
+    """)
+    loaded = config.load(tree).scenarios
+    mine, smoke = loaded["mine"], loaded["smoke"]
+    assert (mine.seed, mine.rlhf.kl_coef, mine.rlhf.actor.learning_rate) == (7, 0.1, 1e-5)
+    assert (mine.sft, mine.reward, mine.rlhf.critic) == (smoke.sft, smoke.reward, smoke.rlhf.critic)
+
+
+def test_a_scenario_without_a_value_is_the_defaults():
+    loaded = config.load(written(a=None, b={})).scenarios
+    assert loaded["a"] == loaded["b"]
+
+
+def test_the_order_of_base_and_scenario_in_the_file_is_free():
+    above = config.load(written(b={"base": "a"}, a={"seed": 3})).scenarios
+    below = config.load(written(a={"seed": 3}, b={"base": "a"})).scenarios
+    assert dict(above) == dict(below)
+    assert above["b"].seed == 3
+
+
+def test_loading_leaves_the_tree_as_it_was():
+    tree = written(a={"base": "b"}, b={"seed": 2})
+    before = copy.deepcopy(tree)
+    config.load(tree)
+    assert tree == before
+
+
+def test_a_configuration_cannot_be_changed_afterwards():
+    scenario = config.load(written(a={})).scenarios["a"]
+    with pytest.raises(ValueError, match="frozen"):
+        scenario.seed = 2
+
+
+def test_all_mistakes_are_told_at_once():
+    lines = mistakes(
+        written(
+            a={"seed": -1, "sft": {"max_tokens": 1}, "rlhf": {"gamma": 2.0}},
+            b={"base": "nowhere"},
+            c={"reward": {"dtype": "fp8"}},
+        )
+    )
+    assert lines == [
+        "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (of everything random)",
+        "a: sft.max_tokens = 1 (from scenarios.a): should be greater than or equal to 2"
+        " (longest prompt + response; longer rows are dropped)",
+        "a: rlhf.gamma = 2.0 (from scenarios.a): should be less than or equal to 1 (discount per token)",
+        "scenarios.b: base 'nowhere' is no scenario; there are: a, b, c",
+        "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16' or 'fp32' (of weights and activations)",
+    ]
+
+
+def test_a_misspelt_field_is_answered_with_the_one_meant():
+    assert the_mistake(a={"sft": {"max_token": 3}}) == (
+        "a: sft.max_token = 3 (from scenarios.a): no such field; did you mean max_tokens?"
+    )
+    assert the_mistake(a={"rlhf": {"actor": {"learning_rat": 1.0}}}) == (
+        "a: rlhf.actor.learning_rat = 1.0 (from scenarios.a): no such field; did you mean learning_rate?"
+    )
+
+
+def test_a_field_like_no_other_is_answered_with_those_there_are():
+    assert the_mistake(a={"data": {"zzz": 3}}) == (
+        "a: data.zzz = 3 (from scenarios.a): no such field; known here: shares, eval_share"
+    )
+
+
+def test_a_misspelt_key_of_the_file_itself_is_told():
+    assert mistakes(written(a={"seed": -1}) | {"scenario": 1})[0] == (
+        "scenario = 1 (from config.yaml): no such field; did you mean scenarios?"
+    )
+
+
+def test_the_origin_is_the_layer_that_wrote_the_value():
+    tree = written(low={"sft": {"eval_rows": 0}}, high={"base": "low"})
+    lines = mistakes(tree)
+    assert [line.split(": ")[0] for line in lines] == ["low", "high"]
+    assert all("sft.eval_rows = 0 (from scenarios.low): " in line for line in lines)
+
+
+def test_the_origin_of_a_bad_default_is_defaults():
+    tree = written(a={})
+    tree["defaults"]["seed"] = -3
+    assert mistakes(tree)[0].startswith("a: seed = -3 (from defaults): ")
+
+
+def test_a_value_that_is_missing_everywhere_is_named_with_its_meaning():
+    tree = written(a={})
+    del tree["defaults"]["rlhf"]["clip_range"]
+    assert mistakes(tree) == [
+        "a: rlhf.clip_range is missing: set it in defaults or in the scenario (of the policy ratio)"
+    ]
+
+
+def test_no_scenario_at_all_is_a_mistake():
+    assert mistakes(written()) == ["scenarios = {}: needs at least one named scenario"]
+
+
+def test_bases_that_go_round_are_told_with_the_way_they_go():
+    lines = mistakes(written(a={"base": "b"}, b={"base": "c"}, c={"base": "a"}))
+    assert lines[0] == "scenarios.a: base goes round: a -> b -> c -> a"
+    assert len(lines) == 3
+
+
+def test_a_scenario_cannot_be_its_own_base():
+    assert the_mistake(a={"base": "a"}) == "scenarios.a: base goes round: a -> a"
+
+
+def test_an_unknown_base_is_told_with_those_there_are():
+    assert the_mistake(a={"base": "tine"}) == "scenarios.a: base 'tine' is no scenario; there are: a"
+
+
+def test_a_scenario_that_is_no_mapping_is_told():
+    assert the_mistake(a=[1]) == "scenarios.a = [1]: should be a mapping"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_boolean_is_no_number(value):
+    assert the_mistake(a={"seed": value}) == (
+        f"a: seed = {value} (from scenarios.a): should be a number, not true or false (of everything random)"
+    )
+    assert f"kl_coef = {value} (from scenarios.a): should be a number, not true or false" in the_mistake(
+        a={"rlhf": {"kl_coef": value}}
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(value):
+    assert "rlhf.kl_coef" in the_mistake(a={"rlhf": {"kl_coef": value}})
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (None, None)])
+def test_a_training_has_either_epochs_or_steps(epochs, steps):
+    assert the_mistake(a={"sft": {"epochs": epochs, "steps": steps}}) == (
+        "a: sft (from scenarios.a): give either epochs or steps (the other one: null)"
+    )
+
+
+@pytest.mark.parametrize(("epochs", "iterations"), [(1, 1), (None, None)])
+def test_rlhf_has_either_epochs_or_iterations(epochs, iterations):
+    assert the_mistake(a={"rlhf": {"epochs": epochs, "iterations": iterations}}) == (
+        "a: rlhf (from scenarios.a): give either epochs or iterations (the other one: null)"
+    )
+
+
+def test_batches_that_do_not_divide_are_told_together_with_sizes_that_do():
+    assert the_mistake(
+        a={
+            "sft": {"train_batch_size": 65, "run": {"micro_batch_size": 64}},
+            "reward": {"train_batch_size": 10, "run": {"micro_batch_size": 16}},
+        }
+    ) == (
+        "a: scenario (from scenarios.a):"
+        " sft.train_batch_size = 65 is not a multiple of micro_batch_size 64 x processes 1: choose 64 or 128;"
+        " reward.train_batch_size = 10 is not a multiple of micro_batch_size 16 x processes 1: choose 16"
+    )
+
+
+def test_a_rollout_that_does_not_divide_into_mini_batches_is_told():
+    assert the_mistake(a={"rlhf": {"rollout_batch_size": 64, "mini_batches": 3}}) == (
+        "a: rlhf (from scenarios.a): rollout_batch_size 64 is not a multiple of mini_batches 3:"
+        " choose 63 or 66"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("opt-3x96", "models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}; the Hub is not read yet"),
+        ("builtin/opt-3x95-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
+        ("builtin/opt-0x96-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
+        ("builtin/opt-3x96-bpe10", "needs a vocabulary of at least 300"),
+    ],
+)
+def test_an_unknown_model_is_told_with_what_there_is(name, why):
+    assert the_mistake(a={"actor": {"model": name}}).startswith(
+        f"a: actor.model = '{name}' (from scenarios.a): {why}"
+    )
+
+
+def test_an_unknown_dataset_is_told_with_what_there_is():
+    assert the_mistake(a={"sft": {"datasets": ["builtin/chitchat", "builtin/chat"]}}).endswith(
+        "datasets: builtin/chitchat, builtin/chitchat-pairs; the Hub is not read yet"
+    )
+
+
+def test_a_reward_model_needs_pairs():
+    assert "datasets builtin/chitchat hold no preference pairs" in the_mistake(
+        a={"reward": {"datasets": ["builtin/chitchat"]}}
+    )
+
+
+@pytest.mark.parametrize("shares", [{"sft": 0}, {"reward": -1}])
+def test_every_stage_needs_a_share(shares):
+    assert "needs a share above 0 for each of sft, reward, rlhf" in the_mistake(
+        a={"data": {"shares": shares}}
+    )
+
+
+@pytest.mark.parametrize("name", ["Tiny", "a b", "-a", "a/b", "ä"])
+def test_a_name_that_makes_no_directory_is_refused(name):
+    assert name in the_mistake(**{name: {}})

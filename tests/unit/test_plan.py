@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import config
+from rlhf.plan import ENTRY, plan
+
+ROOT = Path(__file__).parents[2]
+TREE = yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+def code(entry):
+    return f"code of {entry}"
+
+
+def planned(first=(), code=code, **scenarios):
+    tree = TREE | {"scenarios": copy.deepcopy(scenarios)}
+    return plan(config.load(tree), code, first)
+
+
+def names(made, scenario):
+    """Return what a scenario's results are links to."""
+    prefix = f"results/{scenario}/"
+    return {k.removeprefix(prefix): v for k, v in made.results.items() if k.startswith(prefix)}
+
+
+def stages(made, scenario):
+    """Return stage -> paths of what a scenario wants."""
+    found = {stage: set() for stage in ENTRY}
+    for path, artefact in made.artefacts.items():
+        if scenario in artefact.scenarios:
+            found[artefact.stage].add(path)
+    return found
+
+
+def changed(override, base=None):
+    """Return the stages in which a scenario and its variant have different artefacts."""
+    made = planned(a=base or {}, b={"base": "a", **override})
+    a, b = stages(made, "a"), stages(made, "b")
+    return {stage for stage in ENTRY if a[stage] != b[stage]}
+
+
+def test_scenarios_that_differ_only_in_rlhf_share_all_before_it():
+    made = planned(a={}, b={"rlhf": {"kl_coef": 0.7}})
+    a, b = names(made, "a"), names(made, "b")
+    assert {what for what in a if a[what] == b[what]} == {
+        "sft/actor", "sft/curves.png", "reward/model", "reward/curves.png"
+    }  # fmt: skip
+    assert made.artefacts[a["sft/actor"].removesuffix("/model")].scenarios == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "stages_that_change"),
+    [
+        ({"eval": {"prompts": 3}}, {"eval"}),
+        ({"rlhf": {"gamma": 0.9}}, {"rlhf", "eval"}),
+        ({"rlhf": {"max_prompt_tokens": 9}}, {"data", "rlhf", "eval"}),
+        ({"reward": {"eval_rows": 5}}, {"reward", "rlhf", "eval"}),
+        ({"sft": {"steps": 5}}, {"sft", "rlhf", "eval"}),
+        ({"data": {"eval_share": 0.2}}, {"data", "sft", "reward", "rlhf", "eval"}),
+        ({"seed": 2}, {"model", "data", "sft", "reward", "rlhf", "eval"}),
+    ],
+)
+def test_a_value_changes_its_own_stage_and_what_follows(override, stages_that_change):
+    assert changed(override) == stages_that_change
+
+
+def test_swapped_learning_rates_are_another_training():
+    rates = {"rlhf": {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 3e-4}}}
+    swapped = {"rlhf": {"actor": {"learning_rate": 3e-4}, "critic": {"learning_rate": 1e-4}}}
+    assert changed(swapped, rates) == {"rlhf", "eval"}
+    rates = {"sft": {"optimizer": {"learning_rate": 1e-4}}, "reward": {"optimizer": {"learning_rate": 3e-4}}}
+    swapped = {
+        "sft": {"optimizer": {"learning_rate": 3e-4}},
+        "reward": {"optimizer": {"learning_rate": 1e-4}},
+    }
+    assert changed(swapped, rates) == {"sft", "reward", "rlhf", "eval"}
+
+
+@pytest.mark.parametrize("field", list(config.Run.model_fields))
+@pytest.mark.parametrize("stage", config.STAGES)
+def test_how_a_stage_runs_is_in_no_name(stage, field):
+    value = 1 if field == "processes" else 2
+    assert changed({stage: {"run": {field: value}}}) == set()
+
+
+def test_every_value_but_run_is_in_a_name():
+    """A field that a later version adds cannot be forgotten."""
+    optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
+                 "warmup_steps": 5, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
+    training = {"max_tokens": 9, "train_batch_size": 128, "steps": 9, "epochs": 3, "eval_rows": 3,
+                "datasets": ["builtin/chitchat-pairs"] * 2, "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
+    length = {"epochs": {"steps": None}, "steps": {"epochs": None}}
+    for stage, section in (("sft", config.Training), ("reward", config.Training)):
+        assert set(training) == set(section.model_fields) - {"run"}
+        for field, value in training.items():
+            for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
+                override = {field: {name: inner}} if name else {field: inner, **length.get(field, {})}
+                assert stage in changed({stage: override}), (stage, field, name)
+
+
+def test_other_code_of_a_stage_makes_it_and_what_follows_anew():
+    before, after = planned(a={}), planned(a={}, code=lambda e: code(e) + "!" * (e == "train_reward.py"))
+    a, b = stages(before, "a"), stages(after, "a")
+    assert {stage for stage in ENTRY if a[stage] != b[stage]} == {"reward", "rlhf", "eval"}
+
+
+def test_the_first_scenario_decides_how_what_is_shared_is_run():
+    scenarios = {"a": {}, "b": {"sft": {"run": {"threads": 7}}}, "c": {}}
+    for first, threads, others in (([], 1, ("b",)), (["b"], 7, ("a", "c")), (["c"], 1, ("b",))):
+        made = planned(first, **scenarios)
+        sft = made.artefact_of("results/a/sft/actor")
+        assert (sft.run.threads, sft.run_differs) == (threads, others)
+        assert sft.scenarios[0] == (first or ["a"])[0]
+
+
+def test_nothing_is_said_of_runs_that_agree():
+    made = planned(a={}, b={"rlhf": {"kl_coef": 0.7}})
+    assert all(artefact.run_differs == () for artefact in made.artefacts.values())
+
+
+def test_a_first_scenario_that_does_not_exist_is_passed_over():
+    assert planned(["nobody"], a={}, b={}) == planned(a={}, b={})
+
+
+def test_first_changes_no_name():
+    scenarios = {"a": {}, "b": {"seed": 4}}
+    one, two = planned(["a"], **scenarios), planned(["b"], **scenarios)
+    assert one.results == two.results
+    assert set(one.artefacts) == set(two.artefacts)
+
+
+def test_parents_stand_before_their_children_and_are_in_the_plan():
+    made = planned(a={}, b={"seed": 2})
+    seen = set()
+    for path, artefact in made.artefacts.items():
+        assert set(artefact.parents.values()) <= seen
+        seen.add(path)
+
+
+def test_every_result_lies_in_an_artefact():
+    made = planned(a={})
+    for result, place in made.results.items():
+        assert place.startswith(made.artefact_of(result).path)
+
+
+def test_a_spec_is_plain_json():
+    for artefact in planned(a={}).artefacts.values():
+        assert json.loads(json.dumps(artefact.spec)) == artefact.spec
+
+
+def test_one_number_written_in_several_ways_is_one_name():
+    spellings = [1, 1.0, "1", "1e0"]
+    assert len({planned(a={"rlhf": {"gamma": s}}).results["results/a/rlhf/actor"] for s in spellings}) == 1
+
+
+def test_the_order_of_lines_in_the_file_is_in_no_name():
+    def turned(tree):
+        return {k: turned(v) for k, v in reversed(tree.items())} if isinstance(tree, dict) else tree
+
+    tree = copy.deepcopy(TREE)
+    one, two = plan(config.load(tree), code), plan(config.load(turned(tree)), code)
+    assert one.results == two.results
+
+
+def test_a_scenarios_own_name_is_in_no_name():
+    made = planned(a={}, b={})
+    assert names(made, "a") == names(made, "b")
+
+
+def test_names_are_the_same_in_every_process():
+    program = (
+        "import sys, yaml, json; from rlhf import config, plan;"
+        "tree = yaml.safe_load(open('config.yaml'));"
+        "print(json.dumps(plan.plan(config.load(tree), lambda e: 'code of ' + e).results))"
+    )
+    here = plan(config.load(TREE), code).results
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "scripts")}
+        there = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=True
+        )
+        assert json.loads(there.stdout) == here
