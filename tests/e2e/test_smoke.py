@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -64,19 +63,6 @@ def test_chat_answers_one_prompt(smoke):
     assert answers.pop().strip()
 
 
-def test_ppo_learns_and_its_control_does_not(smoke):
-    config = "scenarios: {control: {base: smoke, rlhf: {shuffle_scores: true}}}"
-    smoke.snakemake("results/control/rlhf/eval", config=config)
-    rises = {}
-    for name in ("smoke", "control"):
-        figures = json.loads((smoke.volume / f"results/{name}/rlhf/eval/summary.json").read_text())
-        rises[name] = figures["judged_after"] - figures["judged_before"]
-        assert figures["kl"] < 6
-        assert figures["distinct_2_after"] > 0.75
-    assert rises["smoke"] > 0.1
-    assert rises["control"] < 0.05
-
-
 def test_a_changed_reward_rate_rebuilds_reward_and_rlhf_and_keeps_the_old(smoke):
     before = {name: smoke.artefact(f"smoke/{name}") for name in ("sft/actor", "reward/model", "rlhf/actor")}
     targets = ("results/smoke/reward/model", ACTOR)
@@ -97,7 +83,7 @@ def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
 
 
 def test_two_swapped_learning_rates_are_noticed(smoke):
-    swapped = "{actor: {learning_rate: 6.0e-4}, critic: {learning_rate: 4.0e-4}}"
+    swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 2.0e-4}}"
     assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, "link": 1}
 
 
@@ -135,11 +121,11 @@ def test_the_store_says_what_is_there_and_why_something_is_made_anew(smoke):
     assert f"<- {ACTOR}" in listing
     overrides = smoke.volume / "other.yaml"
     text = (smoke.project / "config.yaml").read_text()
-    overrides.write_text(text.replace("iterations: 40", "iterations: 41"))
+    overrides.write_text(text.replace("iterations: 24", "iterations: 25"))
     why = [*store[:2], "--configfile", str(overrides), *store[2:], "why", ACTOR]
     said = subprocess.run(why, capture_output=True, text=True, check=True).stdout
     assert "is missing" in said
-    assert "config.iterations: 41, there 40" in said
+    assert "config.iterations: 25, there 24" in said
 
 
 def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):

@@ -71,6 +71,7 @@ def test_comments_docstrings_and_layout_do_not_count(digest, edited):
         ENTRY.replace("+ 1", "- 1"),
         ENTRY.replace("y=2", "y=None"),
         ENTRY.replace("*, y", "y"),
+        ENTRY.replace("y=2", "z=2"),
         ENTRY.replace("main", "start"),
         ENTRY.replace("    return", "    if x:\n        return"),
         ENTRY + '"""A string that is no docstring."""\n',

@@ -1,0 +1,27 @@
+"""`tiny` learns, and its control does not: one seed of `make learn`."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_tiny_learns_what_is_preferred_and_a_control_with_shuffled_scores_does_not(empty):
+    config = "scenarios: {control: {base: tiny, rlhf: {shuffle_scores: true}}}"
+    names = ("tiny", "control")
+    empty.snakemake(*(f"results/{name}/rlhf/eval" for name in names), config=config)
+    rises = {}
+    for name in names:
+        f = json.loads((empty.volume / f"results/{name}/rlhf/eval/summary.json").read_text())
+        rises[name] = f["judged_after"] - f["judged_before"]
+        assert f["prompts"] == 512
+        assert f["kl"] < 5
+        assert f["distinct_2_after"] > 0.75
+        assert f["words_after"] < 1.45 * f["words_before"]
+        if name == "tiny":
+            assert f["judged_after_matched_length"] - f["judged_before"] > 0.25
+    assert rises["tiny"] > 0.25
+    assert rises["control"] < 0.05
+    reward = next(empty.volume.glob("store/reward/*"))
+    metrics = json.loads((reward / "provenance.json").read_text())["metrics"]
+    assert metrics["eval_accuracy"] > 0.78
+    assert metrics["eval_rows"] >= 2000
