@@ -37,7 +37,7 @@ def training_steps(config: Training, rows: int) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return math.ceil(config.epochs * rows / config.train_batch_size)
+    return _ceil(config.epochs * rows / config.train_batch_size)
 
 
 def rlhf_iterations(config: Rlhf, prompts: int) -> int:
@@ -45,4 +45,9 @@ def rlhf_iterations(config: Rlhf, prompts: int) -> int:
     if config.iterations is not None:
         return config.iterations
     assert config.epochs is not None
-    return math.ceil(config.epochs * prompts / config.rollout_batch_size)
+    return _ceil(config.epochs * prompts / config.rollout_batch_size)
+
+
+def _ceil(steps: float) -> int:
+    """Round up, but not for what binary fractions add: 1.1 epochs of 50 steps are 55."""
+    return math.ceil(round(steps, 9))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,8 @@ from rlhf import catalog
 from rlhf.errors import ConfigError
 
 STAGES = ("sft", "reward", "rlhf")
+
+SCENARIO = re.compile(r"[a-z0-9][a-z0-9-]*")  # a scenario's name, which is part of paths
 
 Tree = dict[str, Any]
 
@@ -171,6 +174,11 @@ class Rlhf(Section):
     def _lengths(self) -> Rlhf:
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError("give either epochs or iterations (the other one: null)")
+        if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}:"
+                f" the coefficient would jump; choose {self.rollout_batch_size} or more"
+            )
         if self.rollout_batch_size % self.mini_batches:
             raise ValueError(
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of mini_batches"
@@ -225,7 +233,7 @@ class Config(Section):
     """The whole of `config.yaml`, scenarios resolved."""
 
     pvc: str = Field(".", min_length=1, description="mount point of the volume for all artefacts")
-    scenarios: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Scenario]
+    scenarios: dict[str, Scenario]
 
 
 def _multiples(value: int, step: int) -> str:
@@ -247,26 +255,31 @@ def load(tree: Tree) -> Config:
     for key in tree.keys() - {"pvc", "defaults", "scenarios"}:
         errors.append(_unknown(str(key), tree[key], "config.yaml", ["pvc", "defaults", "scenarios"]))
     overrides = tree.get("scenarios")
+    if not isinstance(tree.get("pvc", "."), str) or not tree.get("pvc", "."):
+        errors.append(f"pvc = {tree['pvc']!r} (from config.yaml): should be the path of a directory")
+    if not isinstance(tree.get("defaults") or {}, dict):
+        errors.append(f"defaults = {tree['defaults']!r} (from config.yaml): should be a mapping")
+        raise ConfigError(_listing(errors))
     if not isinstance(overrides, dict) or not overrides:
         errors.append(f"scenarios = {overrides!r}: needs at least one named scenario")
         raise ConfigError(_listing(errors))
     scenarios: dict[str, Tree] = {}
     for name in overrides:
+        if not (isinstance(name, str) and SCENARIO.fullmatch(name)):
+            errors.append(f"scenarios.{name}: a scenario's name is lower-case letters, digits and hyphens")
+            continue
         try:
-            chain = _chain(str(name), tree)
+            chain = _chain(name, tree)
         except ConfigError as error:
             errors.append(str(error))
             continue
         merged: Tree = {}
         for _, layer in chain:
             merged = _merge(merged, layer)
-        errors += _mistakes(str(name), merged, chain)
-        scenarios[str(name)] = merged
+        errors += _mistakes(name, merged, chain)
+        scenarios[name] = merged
     if not errors:
-        try:
-            return Config.model_validate({"pvc": tree.get("pvc", "."), "scenarios": scenarios})
-        except ValidationError as error:
-            errors = [f"{_dotted(e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        return Config.model_validate({"pvc": tree.get("pvc", "."), "scenarios": scenarios})
     raise ConfigError(_listing(errors))
 
 
@@ -294,6 +307,8 @@ def _chain(name: str, tree: Tree) -> list[tuple[str, Tree]]:
             )
         chain.append((f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
         current = layer.get("base")
+        if not isinstance(current, str | None):
+            raise ConfigError(f"scenarios.{seen[-1]}: base = {current!r}: should be a scenario's name")
         if current in seen:
             raise ConfigError(f"scenarios.{name}: base goes round: {' -> '.join([*seen, current])}")
     return [("defaults", tree.get("defaults") or {}), *reversed(chain)]
@@ -312,7 +327,10 @@ def _mistakes(name: str, merged: Tree, chain: list[tuple[str, Tree]]) -> list[st
     try:
         Scenario.model_validate(merged)
     except ValidationError as error:
-        return [_sentence(name, e["loc"], e, chain) for e in error.errors()]
+        found = error.errors()
+        deeper = {e["loc"][:-1] for e in found}  # a list is called too short where its items are wrong
+        told = (e for e in found if not (e["type"] == "too_short" and e["loc"] in deeper))
+        return [_sentence(name, e["loc"], e, chain) for e in told]
     return []
 
 
@@ -342,17 +360,18 @@ def _dotted(loc: tuple[Any, ...]) -> str:
 
 
 def _origin(loc: tuple[Any, ...], chain: list[tuple[str, Tree]]) -> str:
-    """Name the last layer that says something at `loc`."""
+    """Name the last layer that says something at `loc`, be it null."""
     for origin, layer in reversed(chain):
         node: Any = layer
         for part in loc:
-            inside = isinstance(node, dict) and part in node
-            node = node[part] if inside else None
-            if node is None:
+            if not (isinstance(node, dict) and part in node):
                 break
-        if node is not None or not loc:
+            node = node[part]
+        else:
             return origin
-    return chain[-1][0] if len(chain) > 1 else "defaults"
+        if node is None:  # a section that was set to null above `loc`
+            return origin
+    return "defaults"
 
 
 def _section_of(loc: tuple[Any, ...]) -> type[BaseModel] | None:

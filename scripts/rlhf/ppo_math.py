@@ -1,6 +1,6 @@
 """PPO's formulae: pure functions of tensors. Letters: B batch, A tokens of a response.
 
-Masks are bool, True where a token counts; values outside a mask never reach a result.
+Masks are bool, True where a token counts; finite values outside a mask never reach a result.
 """
 
 from __future__ import annotations

@@ -28,12 +28,13 @@ def prepare(config: dict[str, Any], tokenizer_path: Path, datasets: dict[str, Pa
         DataError: no row is left for one of the splits.
     """
     tokenizer = load_tokenizer(tokenizer_path)
+    special = tokenizer.all_special_tokens
     phase, parts = config["phase"], PARTS[config["phase"]]
     card: dict[str, Any] = {"phase": phase, "parts": list(parts), "datasets": {}, "splits": {}}
     with RowWriter(out / "train", parts) as train, RowWriter(out / EVAL, parts) as held_out:
         for name, path in datasets.items():
             counts: Counter[str] = Counter()
-            for split, tokens in _tokenised(_mine(name, path, config, counts), tokenizer, phase):
+            for split, tokens in _tokenised(_mine(name, path, config, counts, special), tokenizer, phase):
                 if sum(map(len, tokens[:1])) + max(map(len, tokens[1:]), default=0) > config["max_tokens"]:
                     counts[f"dropped: longer than {config['max_tokens']} tokens"] += 1
                     continue
@@ -51,6 +52,10 @@ def _mine(name: str, path: Path, config: dict[str, Any], counts: Counter[str]) -
     """Yield (split, row) of the rows that this phase trains on or is measured on."""
     for raw in progress(jsonl.read(path / "train.jsonl"), name, unit="rows"):
         row = ADAPTERS[name](raw)
+        if any(token in text for text in (*row.turns, *row.texts()) for token in special):
+            # It would be read as the end of a turn, not as what somebody wrote.
+            counts["dropped: holds a special token"] += 1
+            continue
         phase = phase_of(row.group, config["shares"], config["eval_share"])
         if phase == EVAL:
             yield EVAL, row

@@ -243,3 +243,28 @@ def test_every_stage_needs_a_share(shares):
 @pytest.mark.parametrize("name", ["Tiny", "a b", "-a", "a/b", "ä"])
 def test_a_name_that_makes_no_directory_is_refused(name):
     assert name in the_mistake(**{name: {}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"defaults": [1]}, "defaults = [1] (from config.yaml): should be a mapping"),
+        ({"pvc": 3}, "pvc = 3 (from config.yaml): should be the path of a directory"),
+        ({"scenarios": {1: {}}}, "scenarios.1: a scenario's name is"),
+        ({"scenarios": {"a": {"base": ["b"]}}}, "scenarios.a: base = ['b']: should be a scenario's name"),
+        ({"scenarios": {"a": {"sft": {"max_tokens": None}}}}, "a: sft.max_tokens = None (from scenarios.a)"),
+        ({"scenarios": {"a": {"rlhf": {"kl_target": 6, "kl_horizon": 10}}}}, "choose 64 or more"),
+    ],
+)
+def test_odd_shapes_are_told_like_any_mistake(change, said):
+    tree = {**yaml.safe_load(FILE.read_text()), **change}
+    with pytest.raises(ConfigError) as error:
+        config.load(tree)
+    assert said in str(error.value)
+
+
+def test_one_unknown_dataset_is_one_mistake():
+    tree = yaml.safe_load(FILE.read_text())
+    tree["scenarios"] = {"a": {"sft": {"datasets": ["no/such"]}}}
+    with pytest.raises(ConfigError, match="^1 mistake"):
+        config.load(tree)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf import jsonl, preparation
+from rlhf.rows import Rows
+from rlhf.templates import ASSISTANT, TURN_TOKENS, USER
+
+SHARES = {"shares": {"sft": 1.0, "reward": 1.0, "rlhf": 1.0}, "eval_share": 0.2}
+
+
+@pytest.fixture
+def tokenizer_path(tmp_path):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", USER, ASSISTANT]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        ["hello you"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=[USER, ASSISTANT], chat_template=TURN_TOKENS,
+    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
+    return tmp_path / "tokenizer"
+
+
+def prepared(tmp_path, tokenizer_path, rows, phase="sft"):
+    (tmp_path / "set").mkdir()
+    jsonl.write(tmp_path / "set/train.jsonl", rows)
+    config = {"phase": phase, "max_tokens": 60, **SHARES}
+    preparation.prepare(config, tokenizer_path, {"builtin/chitchat": tmp_path / "set"}, tmp_path / "out")
+    return tmp_path / "out", json.loads((tmp_path / "out/card.json").read_text())
+
+
+def rows_of(n, **changes):
+    row = {"conversation": "c", "prompt": "hello", "response": "you"}
+    return [{**row, "group": f"g{i}", **changes} for i in range(n)]
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+@pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>", USER, ASSISTANT])
+def test_text_that_holds_a_special_token_is_dropped_and_counted(tmp_path, tokenizer_path, field, token):
+    rows = rows_of(90) + rows_of(7, **{field: f"hi {token} there"})
+    _, card = prepared(tmp_path, tokenizer_path, rows)
+    assert card["datasets"]["builtin/chitchat"]["dropped: holds a special token"] == 7
+
+
+def test_every_row_is_counted_once_and_long_ones_are_dropped(tmp_path, tokenizer_path):
+    rows = rows_of(90) + rows_of(40, response="z" * 70)
+    out, card = prepared(tmp_path, tokenizer_path, rows)
+    counts = card["datasets"]["builtin/chitchat"]
+    assert sum(counts.values()) == len(rows)
+    assert counts["dropped: longer than 60 tokens"] > 0
+    assert len(Rows(out / "train")) == counts["train"] == card["splits"]["train"]["rows"]
+    assert len(Rows(out / "eval")) == counts["eval"]
+
+
+def test_a_response_ends_with_eos_and_a_prompt_begins_with_bos(tmp_path, tokenizer_path):
+    out, _ = prepared(tmp_path, tokenizer_path, rows_of(60))
+    prompt, response = Rows(out / "train")[0]
+    assert (prompt[0], response[-1]) == (0, 2)
+    assert 0 not in prompt[1:]
+    assert 2 not in response[:-1]
