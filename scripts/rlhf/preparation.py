@@ -48,7 +48,9 @@ def prepare(config: dict[str, Any], tokenizer_path: Path, datasets: dict[str, Pa
     store.write_json(out / "card.json", card)
 
 
-def _mine(name: str, path: Path, config: dict[str, Any], counts: Counter[str]) -> Iterator[tuple[str, Row]]:
+def _mine(
+    name: str, path: Path, config: dict[str, Any], counts: Counter[str], special: Iterable[str]
+) -> Iterator[tuple[str, Row]]:
     """Yield (split, row) of the rows that this phase trains on or is measured on."""
     for raw in progress(jsonl.read(path / "train.jsonl"), name, unit="rows"):
         row = ADAPTERS[name](raw)

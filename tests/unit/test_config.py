@@ -266,5 +266,5 @@ def test_odd_shapes_are_told_like_any_mistake(change, said):
 def test_one_unknown_dataset_is_one_mistake():
     tree = yaml.safe_load(FILE.read_text())
     tree["scenarios"] = {"a": {"sft": {"datasets": ["no/such"]}}}
-    with pytest.raises(ConfigError, match="^1 mistake"):
+    with pytest.raises(ConfigError, match=r"^1 mistake"):
         config.load(tree)
