@@ -19,11 +19,20 @@ class Pipeline:
     def __init__(self, volume: Path, project: Path = PROJECT) -> None:
         self.volume, self.project = volume, project
 
-    def snakemake(self, *arguments: str, config: str = "", check: bool = True) -> subprocess.CompletedProcess:
-        """Run Snakemake; `config` is YAML that is laid over config.yaml."""
+    def command(self, *arguments: str, config: str = "") -> list[str]:
+        """Return the command line of Snakemake; `config` is YAML that is laid over config.yaml."""
         extra = self.volume / "overrides.yaml"
         extra.write_text(f"pvc: {self.volume}\n{config}")
-        command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", str(extra)]
+        return [sys.executable, "-m", "snakemake", *arguments, "--configfile", str(extra)]
+
+    def start(self, *arguments: str, config: str = "") -> subprocess.Popen:
+        """Start Snakemake in the background."""
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(self.command(*arguments, config=config), cwd=self.project, **quiet)
+
+    def snakemake(self, *arguments: str, config: str = "", check: bool = True) -> subprocess.CompletedProcess:
+        """Run Snakemake to its end."""
+        command = self.command(*arguments, config=config)
         run = subprocess.run(command, cwd=self.project, capture_output=True, text=True, check=False)
         if check:
             assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]

@@ -101,17 +101,15 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {engine.global_steps}")
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
-        if engine.is_gradient_accumulation_boundary():
-            norm = _gradient_norm(engine)
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
+        norm = _gradient_norm(engine.module)
         engine.step()
+    norm = float(engine.get_global_grad_norm() or norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
     return norm
 
 
-def _gradient_norm(engine: Any) -> float:
+def _gradient_norm(model: nn.Module) -> float:
     """Return the norm before clipping; DeepSpeed reports none for an unsharded fp32 engine."""
-    optimizer = engine.optimizer
-    masters = getattr(optimizer, "fp32_groups_gradients_flat", None)
-    gradients = masters or [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -138,3 +141,32 @@ def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):
     subprocess.run([*store, "--yes"], capture_output=True, text=True, check=True)
     assert not orphan.exists()
     assert smoke.artefact("smoke/rlhf/actor").exists()
+
+
+def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke):
+    config = "scenarios: {smoke: {rlhf: {kl_coef: 0.3}}}"
+    old = smoke.artefact("smoke/rlhf/actor")
+    process = smoke.start(ACTOR, config=config)
+    lock = wait_for(
+        lambda: [p for p in smoke.volume.glob("work/rlhf/*/lock") if list(p.parent.glob("step-*"))]
+    )
+    os.kill(int(lock[0].read_text().split()[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    assert smoke.artefact("smoke/rlhf/actor") == old
+    assert AutoModelForCausalLM.from_pretrained(smoke.volume / ACTOR).num_parameters() > 0
+    assert list(smoke.volume.glob("work/rlhf/*/step-*"))
+    smoke.snakemake(ACTOR, config=config)
+    new = smoke.artefact("smoke/rlhf/actor")
+    assert new != old
+    assert "resumed after step" in (smoke.volume / f"logs/rlhf/{new.name}.log").read_text()
+    smoke.snakemake(ACTOR)
+    assert smoke.artefact("smoke/rlhf/actor") == old
+
+
+def wait_for(found, seconds=90):
+    """Return what `found` gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
