@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import random
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf.progress import progress
 
 MAX_WORDS = 24  # of a turn; longer ones are left out, so that small models see whole replies
 BLOCK = 8  # chats whose replies may meet in a pair, and which stay in one phase
+RIVALS = 2  # replies of other conversations that each reply is compared with
 MIN_GAP = 0.05  # between the scores of a pair: below it nothing is preferred
 
 
@@ -48,7 +49,7 @@ def pairs() -> Iterator[dict[str, str]]:
     draw = random.Random("chitchat-pairs")
     for _, block in groupby(replies(), key=lambda row: row["group"]):
         rows = list(block)
-        for row in rows:
+        for row, _ in product(rows, range(RIVALS)):
             other = draw.choice(rows)
             if other["conversation"] != row["conversation"]:
                 yield from _preferred(row, row["response"], other["response"])
