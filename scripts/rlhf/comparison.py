@@ -17,7 +17,6 @@ from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
 from rlhf.rollout import EVALUATION, micro_batches, reply
 from rlhf.rows import Rows
-from rlhf.tokens import Padded
 
 BATCH = 64
 SHOWN = 12  # prompts in the table
@@ -55,10 +54,9 @@ def _scores(reward: Any, made: Generated) -> list[float]:
 def _kl(model: Any, reference: Any, made: Generated, temperature: float) -> list[float]:
     """Return log pi - log ref of each reply, summed over its tokens (nats)."""
     length = made.response_mask.shape[1]
-    batch = Padded(made.batch.ids, made.batch.mask)
     with models.evaluating(model):
         both = [
-            models.token_logprobs(models.response_logits(m, batch, length, temperature), made.responses)
+            models.token_logprobs(models.response_logits(m, made.batch, length, temperature), made.responses)
             for m in (model, reference)
         ]
     return [float(x) for x in ((both[0] - both[1]) * made.response_mask).sum(-1)]

@@ -40,11 +40,6 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def rank() -> int:
-    """Return this process's rank among all."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def initialise(model: nn.Module, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int) -> Any:
     """Return a DeepSpeed engine around `model`.
 
@@ -76,14 +71,10 @@ def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     """Return the learning rate of a step over the peak: warm-up from 1/n, then the schedule."""
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
-    done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }[optimizer.schedule]
     if optimizer.schedule == "constant":
         return 1.0
+    done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    shape = 1.0 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return optimizer.final_ratio + (1 - optimizer.final_ratio) * shape
 
 
