@@ -128,7 +128,8 @@ class Volume:
         waiting = list(self.names())
         while waiting:
             path = waiting.pop()
-            if path not in used:
+            # A parent may have been removed by hand: what is made from it stays in use.
+            if path not in used and (path / store.PROVENANCE).exists():
                 used.add(path)
                 waiting += [Path(p) for p in store.read_provenance(path)["parents"].values()]
         states = [w for w in sorted(self.root.glob("work/*/*")) if Path("store", *w.parts[-2:]).exists()]
