@@ -26,13 +26,22 @@ def load_plan():
     """The configuration and its plan; a mistake ends Snakemake with one message and code 2."""
     try:
         settings = configuration.load(config)
-        return settings, planning.plan(settings, codehash.digest, requested_scenarios())
+
+        def fingerprint(source):
+            return store.fingerprint(Path(settings.pvc, source))
+
+        return settings, planning.plan(
+            settings, codehash.digest, fingerprint, requested_scenarios()
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 CONFIG, PLAN = load_plan()
+
+if CONFIG.offline:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the client's own switch; jobs inherit it
 
 # Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
 os.environ.update(
@@ -53,6 +62,11 @@ def parents(path):
 def script(name):
     """The path of an entry script: code lies in the repository, wherever the volume is."""
     return f"{SCRIPTS}/{name}"
+
+
+def planned_script(path):
+    """A function of the wildcards: the path of the entry script that makes an artefact."""
+    return lambda wildcards: script(artefact(path)(wildcards).script)
 
 
 def spec(path):
@@ -102,15 +116,12 @@ def link_target(path):
 
 
 def sweep_states():
-    """Remove the training states of artefacts that Snakemake has stamped as complete."""
+    """Remove the unfinished work of artefacts that Snakemake has stamped as complete."""
     for made in PLAN.artefacts.values():
-        if (
-            made.stage in ("sft", "reward", "rlhf")
-            and Path(made.path, store.STAMP).exists()
-        ):
-            shutil.rmtree(state_directory(made.path), ignore_errors=True)
+        if Path(made.path, store.STAMP).exists():
+            shutil.rmtree(work_directory(made.path), ignore_errors=True)
 
 
-def state_directory(path):
-    """Where the unfinished state of the artefact at `path` lies."""
-    return path.replace("store/", "work/", 1)
+def work_directory(path):
+    """Where unfinished work on the artefact at `path` lies."""
+    return Path("work", path.removeprefix("store/"))

@@ -9,13 +9,14 @@ rule model:
         "../envs/training.yaml"
     params:
         launch=script("launch.py"),
-        script=script("fetch_model.py"),
+        script=planned_script("models/{org}/{name}@{revision}"),
         spec=spec("models/{org}/{name}@{revision}"),
         message=describe("models/{org}/{name}@{revision}"),
     message:
         "Pretrained model: {params.message}"
     shell:
-        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"
+        "python {params.launch} --log {log} {params.script} --spec {params.spec:q}"
+        " --work work/{output} --output {output}"
 
 
 rule dataset:
@@ -29,13 +30,14 @@ rule dataset:
         "../envs/training.yaml"
     params:
         launch=script("launch.py"),
-        script=script("fetch_dataset.py"),
+        script=planned_script("datasets/{org}/{name}@{revision}"),
         spec=spec("datasets/{org}/{name}@{revision}"),
         message=describe("datasets/{org}/{name}@{revision}"),
     message:
         "Dataset: {params.message}"
     shell:
-        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"
+        "python {params.launch} --log {log} {params.script} --spec {params.spec:q}"
+        " --work work/{output} --output {output}"
 
 
 rule data:

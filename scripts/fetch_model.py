@@ -1,15 +1,45 @@
-"""Bring a pretrained model to the volume. So far: the built-in ones."""
+"""Bring a pretrained model to the volume, from the Hub or from a directory of the volume."""
 
 from __future__ import annotations
 
-from rlhf import builtin_opt, stage
-from rlhf.errors import run_main
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+from rlhf import chat_tokenizer, fetching, stage, store, weights
+from rlhf.errors import UserError, run_main
+
+CARDS = ("README.md", "LICENSE*", "generation_config.json", "config.json")
+TOKENIZER = (
+    "tokenizer*.json", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "*.jinja",
+)  # fmt: skip
+
+
+def choose(names: Iterable[str]) -> list[str]:
+    """Return the files that are needed; no copies for Flax or TensorFlow, no second set of weights."""
+    names = list(names)
+    found = weights.choose(names)
+    if not found or "config.json" not in names:
+        raise UserError(
+            "the repository is no model that can be used: it needs config.json and weights in"
+            f" model*.safetensors or pytorch_model*.bin; it holds {', '.join(sorted(names)[:20])}"
+        )
+    return found + [n for n in names if any(fnmatch(n, p) for p in CARDS + TOKENIZER) and "/" not in n]
 
 
 def main() -> None:
     args = stage.arguments(__doc__)
+    converted = args.work / "converted"
+    fetched = fetching.fetch(
+        "model", args, choose, have=lambda name: (converted / weights.converted_name(name)).exists()
+    )
     with stage.publish(args) as draft:
-        builtin_opt.write_model(args.spec["config"], draft.path)
+        draft.provenance["source"] = fetched.source
+        weights.bring(fetched.path, draft.path, converted, fetched.ours)
+        chat_tokenizer.bring(fetched.path, draft.path)
+        for path in fetched.path.iterdir():
+            if any(fnmatch(path.name, p) for p in CARDS):
+                store.link_or_copy(path, draft.path / path.name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf import codehash, config, plan, upkeep
+from rlhf import codehash, config, plan, store, upkeep
 from rlhf.errors import UserError, run_main
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = config.load(yaml.safe_load(args.configfile.read_text()))
     os.chdir(args.pvc or PROJECT / settings.pvc)
-    volume = upkeep.Volume(Path(), plan.plan(settings, codehash.digest))
+    wanted = plan.plan(settings, codehash.digest, lambda source: store.fingerprint(Path(source)))
+    volume = upkeep.Volume(Path(), wanted)
     if args.command == "ls":
         print("\n".join(volume.listing()))
     elif args.command == "why":

@@ -5,11 +5,19 @@ A row's `group` decides which phase it belongs to: rows of one group never meet 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Turns = tuple[str, ...]  # the user's first, speakers in turn, the user's last
+
+_TURN = re.compile(r"(?:^|\n\n)[ ]*(Human|Assistant):")
+
+
+class Unusable(Exception):
+    """A row that cannot be learned from; the text is counted on the card."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,10 @@ class Prompt:
 
     turns: Turns
     group: str
+
+    def texts(self) -> tuple[str, ...]:
+        """Return what follows the prompt, part by part."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -43,27 +55,71 @@ class Preference(Prompt):
         return (self.chosen, self.rejected)
 
 
-Row = Response | Preference
+def adapt(row: Mapping[str, Any], columns: Mapping[str, Any], phase: str) -> Prompt:
+    """Return what a phase learns from a row: a prompt (rlhf), a reply to it (sft), or two (reward).
 
+    Args:
+        columns: as `config.Columns`.
 
-def chitchat(row: dict[str, Any]) -> Response:
-    """Adapt a turn and the reply to it; whole blocks of conversations stay together."""
-    return Response((row["prompt"],), row["group"], row["response"])
-
-
-def chitchat_pairs(row: dict[str, Any]) -> Preference:
-    """Adapt a turn and two replies; both replies are of one block of conversations."""
-    return Preference((row["prompt"],), row["group"], row["chosen"], row["rejected"])
-
-
-ADAPTERS: dict[str, Callable[[dict[str, Any]], Row]] = {
-    "builtin/chitchat": chitchat,
-    "builtin/chitchat-pairs": chitchat_pairs,
-}
-
-
-def for_phase(row: Row, phase: str) -> tuple[str, ...]:
-    """Return what a phase learns from a row: nothing (rlhf), one reply (sft), two (reward)."""
+    Raises:
+        Unusable: a text is empty, the turns do not alternate, or the two replies are the same.
+        KeyError: the row has no such column.
+    """
+    turns = _turns(row[columns["prompt"]], bool(columns.get("dialogue")))
+    group = str(row[columns["group"]]) if columns.get("group") else normalised(turns[0])
     if phase == "rlhf":
-        return ()
-    return row.texts() if phase == "reward" else row.texts()[:1]
+        return Prompt(turns, group)
+    if phase == "sft":
+        return Response(turns, group, _reply(row[columns.get("response") or columns["chosen"]]))
+    chosen, rejected = _reply(row[columns["chosen"]]), _reply(row[columns["rejected"]])
+    if chosen == rejected:
+        raise Unusable("both replies are the same")
+    return Preference(turns, group, chosen, rejected)
+
+
+def normalised(text: str) -> str:
+    """Return a text without what does not make it another one: case, spacing, Unicode's variants."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _turns(value: Any, dialogue: bool) -> Turns:
+    """Return a prompt's turns: of messages, of text with Human: and Assistant:, or of plain text."""
+    if isinstance(value, list):
+        speakers = [(message["role"], str(message["content"])) for message in value]
+        if speakers and speakers[0][0] == "system":
+            raise Unusable("a system message, which is not supported")
+        turns = _alternating(speakers, "user", "assistant")
+    elif not isinstance(value, str):
+        raise Unusable("no prompt")
+    else:
+        turns = _dialogue(value) if dialogue else (value.strip(),)
+    if not all(turns):
+        raise Unusable("an empty turn")
+    return turns
+
+
+def _dialogue(text: str) -> Turns:
+    """Split the text of Anthropic's and Dahoas' dialogues, which ends with an open reply."""
+    before, *parts = _TURN.split(text.rstrip())
+    if before.strip() or not parts:
+        raise Unusable("the prompt does not begin with a Human: turn")
+    speakers = list(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
+    if speakers[-1] != ("Assistant", ""):
+        raise Unusable("the prompt does not end where the Assistant: begins")
+    return _alternating(speakers[:-1], "Human", "Assistant")
+
+
+def _alternating(speakers: list[tuple[str, str]], first: str, second: str) -> Turns:
+    expected = [first, second] * len(speakers)
+    if len(speakers) % 2 == 0 or any(name != e for (name, _), e in zip(speakers, expected, strict=False)):
+        raise Unusable("the speakers do not take turns")
+    return tuple(text for _, text in speakers)
+
+
+def _reply(value: Any) -> str:
+    """Return a reply's text; of messages, the last one's."""
+    if isinstance(value, list) and value:
+        value = value[-1]["content"]
+    if not isinstance(value, str) or not value.strip():
+        raise Unusable("an empty reply")
+    return value.strip()

@@ -71,7 +71,7 @@ DATASETS: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
 
 
 def write_dataset(config: dict[str, Any], path: Path) -> None:
-    """Write a built-in dataset as `train.jsonl`.
+    """Write a built-in dataset as `files/train.jsonl`.
 
     Raises:
         UserError: the installed package has another version than the artefact's name says.
@@ -83,4 +83,5 @@ def write_dataset(config: dict[str, Any], path: Path) -> None:
             f" pip install chitchat-dataset=={config['package']}"
         )
     rows = progress(DATASETS[config["dataset"]](), config["dataset"], unit="rows")
-    jsonl.write(path / "train.jsonl", rows)
+    (path / "files").mkdir()
+    jsonl.write(path / "files/train.jsonl", rows)

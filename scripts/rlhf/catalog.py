@@ -1,27 +1,51 @@
-"""Names of sources that can be had, and what their rows are. Pure: the plan checks against it."""
+"""Names of sources and what is known about them. Pure: the configuration is checked against it.
+
+A name that begins with `builtin/` is made here, one with `./`, `../` or `/` is a file or directory
+on the volume, and `organisation/name` is a repository on the Hugging Face Hub.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Any, Literal
 
-# What a dataset's rows are: a `preference` also serves as a `response` (its chosen one) and as a
-# prompt, a `response` as a prompt.
-DATASETS = {
-    "builtin/chitchat": "response",
-    "builtin/chitchat-pairs": "preference",
-}
+Kind = Literal["builtin", "local", "hub"]
+
 CHITCHAT_VERSION = "0.9.0"  # of the PyPI package that the built-in text comes from
+
+# Which columns of a known dataset hold what (see `config.Columns`).
+_PAIRS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "builtin/chitchat": {"prompt": "prompt", "response": "response", "group": "group"},
+    "builtin/chitchat-pairs": {**_PAIRS, "group": "group"},
+    "Dahoas/rm-static": {**_PAIRS, "dialogue": True},
+    "Dahoas/full-hh-rlhf": {**_PAIRS, "dialogue": True},
+    "Dahoas/synthetic-instruct-gptj-pairwise": _PAIRS,
+}
+BUILTIN_DATASETS = tuple(name for name in COLUMNS if name.startswith("builtin/"))
 
 OPT_SHAPE = re.compile(r"builtin/opt-(?P<layers>\d+)x(?P<hidden>\d+)-bpe(?P<vocabulary>\d+)")
 HEAD_SIZE = 32
 MIN_VOCABULARY = 300  # 256 bytes, the special tokens, and something to merge
 
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WHAT_THERE_IS = "organisation/name on the Hub, or a path on the volume that begins with ./ or /"
+
+
+def kind(name: str) -> Kind:
+    """Return where a source comes from; `unknown_model` and `unknown_dataset` check it."""
+    if name.startswith("builtin/"):
+        return "builtin"
+    return "local" if name.startswith(("./", "../", "/")) else "hub"
+
 
 def unknown_model(name: str) -> str | None:
-    """Return why there is no such model, or None if there is."""
+    """Return why there is no such model, or None if there may be."""
+    if kind(name) != "builtin":
+        return _misspelt(name)
     shape = OPT_SHAPE.fullmatch(name)
     if shape is None:
-        return "models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}; the Hub is not read yet"
+        return "built-in models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}"
     if int(shape["hidden"]) % HEAD_SIZE or not int(shape["hidden"]) or not int(shape["layers"]):
         return f"needs at least one layer and a hidden size that is a multiple of {HEAD_SIZE}"
     if int(shape["vocabulary"]) < MIN_VOCABULARY:
@@ -30,5 +54,12 @@ def unknown_model(name: str) -> str | None:
 
 
 def unknown_dataset(name: str) -> str | None:
-    """Return why there is no such dataset, or None if there is."""
-    return None if name in DATASETS else f"datasets: {', '.join(DATASETS)}; the Hub is not read yet"
+    """Return why there is no such dataset, or None if there may be."""
+    if kind(name) != "builtin":
+        return _misspelt(name)
+    return None if name in BUILTIN_DATASETS else f"built-in datasets: {', '.join(BUILTIN_DATASETS)}"
+
+
+def _misspelt(name: str) -> str | None:
+    fits = kind(name) == "local" or (_HUB.fullmatch(name) and ".." not in name)
+    return None if fits else f"should be {_WHAT_THERE_IS}"

@@ -7,7 +7,6 @@ threads, intervals) stands in each stage's `run` and takes no part in an artefac
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from typing import Annotated, Any, Literal
@@ -18,18 +17,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from rlhf import catalog
 from rlhf.errors import ConfigError
+from rlhf.layers import Tree, chain_of, listing, merge, mistakes, unknown
 
 STAGES = ("sft", "reward", "rlhf")
 
 SCENARIO = re.compile(r"[a-z0-9][a-z0-9-]*")  # a scenario's name, which is part of paths
 
-Tree = dict[str, Any]
+REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"  # a branch, tag or commit; part of paths
 
 
 def _not_a_bool(value: object) -> object:
@@ -63,10 +62,91 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _only_the_hub_has_revisions(name: str, revision: str) -> None:
+    if revision != "main" and catalog.kind(name) != "hub":
+        raise ValueError(f"{name} is not on the Hub and has no revision {revision}: leave revision out")
+
+
 class Model(Section):
     """A pretrained model."""
 
-    model: ModelName = Field(description="organisation/name; `builtin/opt-LxH-bpeV` is made here")
+    model: ModelName = Field(description="where the pretrained model comes from")
+    revision: str = Field("main", pattern=f"^{REVISION}$", description="branch, tag or commit on the Hub")
+
+    @model_validator(mode="after")
+    def _revisions_are_the_hubs(self) -> Model:
+        _only_the_hub_has_revisions(self.model, self.revision)
+        return self
+
+
+class Columns(Section):
+    """Which columns of a dataset's rows hold what."""
+
+    prompt: str = Field(description="text, or a list of messages with role and content")
+    response: str | None = Field(None, description="a reply worth imitating")
+    chosen: str | None = Field(None, description="the better of two replies; needs `rejected`")
+    rejected: str | None = Field(None, description="the worse of two replies; needs `chosen`")
+    group: str | None = Field(None, description="rows of one value stay together; null: first turn")
+    dialogue: bool = Field(False, description="the prompt is text with Human: and Assistant: turns")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Columns:
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("chosen and rejected go together: name both or none")
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a reward model can learn from the rows."""
+        return self.chosen is not None
+
+    @property
+    def has_responses(self) -> bool:
+        """Whether an actor can imitate the rows' replies: the response, or the chosen one."""
+        return self.response is not None or self.has_pairs
+
+
+class Dataset(Section):
+    """A dataset; a name alone will do for those whose columns are known."""
+
+    name: DatasetName = Field(description="where the rows come from")
+    revision: str = Field("main", pattern=f"^{REVISION}$", description="branch, tag or commit on the Hub")
+    split: str = Field("train", min_length=1, description="which of its splits is read")
+    columns: Columns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_by_name(cls, value: Any) -> Any:
+        """Read a name as a dataset, and take the columns of a known one."""
+        entry = {"name": value} if isinstance(value, str) else value
+        if not isinstance(entry, dict) or "columns" in entry or "name" not in entry:
+            return entry
+        name = str(entry["name"])
+        if why := catalog.unknown_dataset(name):
+            raise ValueError(f"{name}: {why}")
+        if name not in catalog.COLUMNS:
+            example = f"{{name: {name}, columns: {{prompt: question, chosen: better, rejected: worse}}}}"
+            raise ValueError(f"the columns of {name} are not known: say which hold what, as {example}")
+        return {**entry, "columns": catalog.COLUMNS[name]}
+
+    @model_validator(mode="after")
+    def _revisions_are_the_hubs(self) -> Dataset:
+        _only_the_hub_has_revisions(self.name, self.revision)
+        return self
+
+
+def _named_once(datasets: tuple[Dataset, ...]) -> tuple[Dataset, ...]:
+    names = [d.name for d in datasets]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ValueError(f"{', '.join(sorted(twice))} stands here more than once: name each dataset once")
+    return datasets
+
+
+Datasets = Annotated[
+    tuple[Dataset, ...],
+    Field(min_length=1, description="a list of names, or of {name, revision, split, columns}"),
+    AfterValidator(_named_once),
+]
 
 
 class Optimizer(Section):
@@ -110,7 +190,7 @@ class Data(Section):
 class Training(Section):
     """What steps 1 and 2 have in common."""
 
-    datasets: tuple[DatasetName, ...] = Field(min_length=1, description="organisation/name of each set")
+    datasets: Datasets
     max_tokens: Int = Field(ge=2, description="longest prompt + response; longer rows are dropped")
     train_batch_size: Int = Field(ge=1, description="rows per optimizer step, all processes")
     epochs: Float | None = Field(None, gt=0, description="passes over the data; or give `steps`")
@@ -130,13 +210,20 @@ class Training(Section):
 class Sft(Training):
     """Step 1: supervised fine-tuning of the actor on responses."""
 
+    @model_validator(mode="after")
+    def _datasets_have_responses(self) -> Sft:
+        without = [d.name for d in self.datasets if not d.columns.has_responses]
+        if without:
+            raise ValueError(f"datasets {', '.join(without)} hold no responses")
+        return self
+
 
 class Reward(Training, Model):
     """Step 2: a reward model on preference pairs."""
 
     @model_validator(mode="after")
     def _datasets_have_pairs(self) -> Reward:
-        without = [d for d in self.datasets if catalog.DATASETS[d] != "preference"]
+        without = [d.name for d in self.datasets if not d.columns.has_pairs]
         if without:
             raise ValueError(f"datasets {', '.join(without)} hold no preference pairs")
         return self
@@ -145,7 +232,7 @@ class Reward(Training, Model):
 class Rlhf(Section):
     """Step 3: PPO."""
 
-    datasets: tuple[DatasetName, ...] = Field(min_length=1, description="organisation/name of each set")
+    datasets: Datasets
     max_prompt_tokens: Int = Field(ge=1, description="longest prompt; longer ones are dropped")
     max_new_tokens: Int = Field(ge=1, description="longest response")
     iterations: Int | None = Field(None, ge=1, description="rollouts; or give `epochs`")
@@ -233,6 +320,7 @@ class Config(Section):
     """The whole of `config.yaml`, scenarios resolved."""
 
     pvc: str = Field(".", min_length=1, description="mount point of the volume for all artefacts")
+    offline: bool = Field(False, description="nothing is asked of the Hub; what is missing is an error")
     scenarios: dict[str, Scenario]
 
 
@@ -251,146 +339,41 @@ def load(tree: Tree) -> Config:
     Raises:
         ConfigError: with all mistakes at once, each with field, value, origin and remedy.
     """
-    errors: list[str] = []
-    for key in tree.keys() - {"pvc", "defaults", "scenarios"}:
-        errors.append(_unknown(str(key), tree[key], "config.yaml", ["pvc", "defaults", "scenarios"]))
+    errors = _odd_top(tree)
     overrides = tree.get("scenarios")
-    if not isinstance(tree.get("pvc", "."), str) or not tree.get("pvc", "."):
-        errors.append(f"pvc = {tree['pvc']!r} (from config.yaml): should be the path of a directory")
     if not isinstance(tree.get("defaults") or {}, dict):
         errors.append(f"defaults = {tree['defaults']!r} (from config.yaml): should be a mapping")
-        raise ConfigError(_listing(errors))
+        raise ConfigError(listing(errors))
     if not isinstance(overrides, dict) or not overrides:
         errors.append(f"scenarios = {overrides!r}: needs at least one named scenario")
-        raise ConfigError(_listing(errors))
+        raise ConfigError(listing(errors))
     scenarios: dict[str, Tree] = {}
     for name in overrides:
         if not (isinstance(name, str) and SCENARIO.fullmatch(name)):
             errors.append(f"scenarios.{name}: a scenario's name is lower-case letters, digits and hyphens")
             continue
         try:
-            chain = _chain(name, tree)
+            layers = chain_of(name, tree)
         except ConfigError as error:
             errors.append(str(error))
             continue
         merged: Tree = {}
-        for _, layer in chain:
-            merged = _merge(merged, layer)
-        errors += _mistakes(name, merged, chain)
+        for _, layer in layers:
+            merged = merge(merged, layer)
+        errors += mistakes(Scenario, name, merged, layers)
         scenarios[name] = merged
     if not errors:
-        return Config.model_validate({"pvc": tree.get("pvc", "."), "scenarios": scenarios})
-    raise ConfigError(_listing(errors))
+        rest = {key: tree[key] for key in ("pvc", "offline") if key in tree}
+        return Config.model_validate({**rest, "scenarios": scenarios})
+    raise ConfigError(listing(errors))
 
 
-def _listing(errors: list[str]) -> str:
-    count = f"{len(errors)} mistake" + ("s" if len(errors) > 1 else "")
-    return f"{count} in the configuration:\n" + "\n".join(f"  - {e}" for e in errors)
-
-
-def _chain(name: str, tree: Tree) -> list[tuple[str, Tree]]:
-    """Return (origin, overrides) from `defaults` to the scenario itself."""
-    scenarios, chain, seen = tree["scenarios"], [], []
-    current: str | None = name
-    while current is not None:
-        seen.append(current)
-        layer = scenarios.get(current)
-        if layer is None and current in scenarios:
-            layer = {}
-        if not isinstance(layer, dict):
-            known = ", ".join(map(str, scenarios))
-            raise ConfigError(
-                f"scenarios.{seen[-2] if len(seen) > 1 else name}: base {current!r}"
-                f" is no scenario; there are: {known}"
-                if current not in scenarios
-                else f"scenarios.{current} = {layer!r}: should be a mapping"
-            )
-        chain.append((f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
-        current = layer.get("base")
-        if not isinstance(current, str | None):
-            raise ConfigError(f"scenarios.{seen[-1]}: base = {current!r}: should be a scenario's name")
-        if current in seen:
-            raise ConfigError(f"scenarios.{name}: base goes round: {' -> '.join([*seen, current])}")
-    return [("defaults", tree.get("defaults") or {}), *reversed(chain)]
-
-
-def _merge(base: Tree, override: Tree) -> Tree:
-    """Return `base` with `override` laid over it; mappings merge, all else replaces."""
-    merged = dict(base)
-    for key, value in override.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _mistakes(name: str, merged: Tree, chain: list[tuple[str, Tree]]) -> list[str]:
-    try:
-        Scenario.model_validate(merged)
-    except ValidationError as error:
-        found = error.errors()
-        deeper = {e["loc"][:-1] for e in found}  # a list is called too short where its items are wrong
-        told = (e for e in found if not (e["type"] == "too_short" and e["loc"] in deeper))
-        return [_sentence(name, e["loc"], e, chain) for e in told]
-    return []
-
-
-def _sentence(name: str, loc: tuple[Any, ...], error: Any, chain: list[tuple[str, Tree]]) -> str:
-    """Say what is wrong, with which value, where it came from and what to do."""
-    if error["type"] == "extra_forbidden":
-        siblings = _fields_beside(loc)
-        return _unknown(f"{name}: {_dotted(loc)}", error["input"], _origin(loc, chain), siblings)
-    if error["type"] == "missing":
-        help_ = _description(loc)
-        return f"{name}: {_dotted(loc)} is missing: set it in defaults or in the scenario{help_}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    if isinstance(error["input"], dict):  # a check of a whole section: its message names the values
-        return f"{name}: {_dotted(loc) or 'scenario'} (from {_origin(loc, chain)}): {message}"
-    where = _origin(loc, chain)
-    return f"{name}: {_dotted(loc)} = {error['input']!r} (from {where}): {message}{_description(loc)}"
-
-
-def _unknown(field: str, value: object, origin: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-    return f"{field} = {value!r} (from {origin}): no such field; {hint}"
-
-
-def _dotted(loc: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _origin(loc: tuple[Any, ...], chain: list[tuple[str, Tree]]) -> str:
-    """Name the last layer that says something at `loc`, be it null."""
-    for origin, layer in reversed(chain):
-        node: Any = layer
-        for part in loc:
-            if not (isinstance(node, dict) and part in node):
-                break
-            node = node[part]
-        else:
-            return origin
-        if node is None:  # a section that was set to null above `loc`
-            return origin
-    return "defaults"
-
-
-def _section_of(loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Scenario
-    for part in loc:
-        field = section.model_fields.get(str(part))
-        kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return None
-        section = kind
-    return section
-
-
-def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
-    section = _section_of(loc[:-1])
-    return list(section.model_fields) if section else []
-
-
-def _description(loc: tuple[Any, ...]) -> str:
-    section = _section_of(loc[:-1])
-    field = section.model_fields.get(str(loc[-1])) if section else None
-    return f" ({field.description})" if field and field.description else ""
+def _odd_top(tree: Tree) -> list[str]:
+    """Return what is wrong beside `defaults` and `scenarios`."""
+    known = ["pvc", "offline", "defaults", "scenarios"]
+    errors = [unknown(str(key), tree[key], "config.yaml", known) for key in tree.keys() - set(known)]
+    if not isinstance(tree.get("pvc", "."), str) or not tree.get("pvc", "."):
+        errors.append(f"pvc = {tree['pvc']!r} (from config.yaml): should be the path of a directory")
+    if not isinstance(tree.get("offline", False), bool):
+        errors.append(f"offline = {tree['offline']!r} (from config.yaml): should be true or false")
+    return errors

@@ -5,23 +5,26 @@ The Snakefile computes it while it is parsed; rules find what they need by an ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from rlhf import catalog, store
-from rlhf.config import Config, Model, Run, Scenario
+from rlhf.config import Config, Dataset, Model, Run, Scenario
 
 # The entry script of each kind of artefact: its code is part of the artefact's name.
 ENTRY = {
-    "model": "fetch_model.py",
-    "dataset": "fetch_dataset.py",
+    "model": "make_model.py",
+    "dataset": "make_dataset.py",
     "data": "prepare_data.py",
     "sft": "train_sft.py",
     "reward": "train_reward.py",
     "rlhf": "train_ppo.py",
     "eval": "compare_replies.py",
 }
+FETCH = {"model": "fetch_model.py", "dataset": "fetch_dataset.py"}  # from the Hub or the volume
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Artefact:
 
     `spec` is what its entry script reads: stage, configuration, parents, code. `run` is how it is
     run. `title` says what it is, `scenarios` who wants it; the first of them decides `run`.
+    `script` makes it.
     """
 
     path: str
@@ -38,6 +42,7 @@ class Artefact:
     run: Run | None
     title: str
     scenarios: tuple[str, ...]
+    script: str
     run_differs: tuple[str, ...] = ()
 
     @property
@@ -60,11 +65,17 @@ class Plan:
         return self.artefacts[f"store/{stage}/{name}"]
 
 
-def plan(config: Config, code: Callable[[str], str], first: Iterable[str] = ()) -> Plan:
+def plan(
+    config: Config,
+    code: Callable[[str], str],
+    fingerprint: Callable[[str], str],
+    first: Iterable[str] = (),
+) -> Plan:
     """Return everything that the scenarios of `config` ask for.
 
     Args:
         code: entry script -> digest of the code (`codehash.digest`).
+        fingerprint: path of a local source -> what stands for its content (`store.fingerprint`).
         first: scenarios whose `run` decides where several share an artefact.
     """
     order = [n for n in first if n in config.scenarios]
@@ -72,7 +83,7 @@ def plan(config: Config, code: Callable[[str], str], first: Iterable[str] = ()) 
     artefacts: dict[str, Artefact] = {}
     results: dict[str, str] = {}
     for name in order:
-        builder = _Builder(name, config.scenarios[name], code, artefacts)
+        builder = _Builder(name, config.scenarios[name], code, fingerprint, artefacts)
         results |= {f"results/{name}/{what}": place for what, place in builder.results().items()}
     return Plan(artefacts, results)
 
@@ -84,6 +95,7 @@ class _Builder:
     name: str
     scenario: Scenario
     code: Callable[[str], str]
+    fingerprint: Callable[[str], str]
     artefacts: dict[str, Artefact]
 
     def results(self) -> dict[str, str]:
@@ -120,19 +132,39 @@ class _Builder:
 
     def model(self, model: Model) -> str:
         """A pretrained model; a built-in one has random weights, which the seed decides."""
-        spec = {"model": model.model, "seed": self.scenario.seed}
-        return self.add("model", spec, {}, None, f"{model.model}, random weights", model.model)
+        builtin = {"model": model.model, "seed": self.scenario.seed}
+        return self.source("model", model.model, model.revision, builtin)
 
-    def dataset(self, name: str) -> str:
-        spec = {"dataset": name, "package": catalog.CHITCHAT_VERSION}
-        return self.add("dataset", spec, {}, None, name, name)
+    def dataset(self, dataset: Dataset) -> str:
+        builtin = {"dataset": dataset.name, "package": catalog.CHITCHAT_VERSION}
+        return self.source("dataset", dataset.name, dataset.revision, builtin)
 
-    def data(self, phase: str, model: str, datasets: Iterable[str], limits: dict[str, int]) -> str:
+    def source(self, stage: str, name: str, revision: str, builtin: dict[str, Any]) -> str:
+        """What is made here, fetched from the Hub, or taken from the volume.
+
+        What is fetched is named by where it comes from, not by our code: nobody downloads a model
+        again because a line was edited.
+        """
+        kind = catalog.kind(name)
+        if kind == "builtin":
+            return self.add(stage, builtin, {}, None, f"{name}, made here", place=f"{stage}s/{name}")
+        if kind == "hub":
+            place = f"{stage}s/{name}@{quote(revision, safe='')}"
+            config, title = {stage: name, "revision": revision}, f"{name} at {revision}, from the Hub"
+        else:
+            mark = self.fingerprint(name)
+            place = f"{stage}s/local/{_plain(name)}@{mark}"
+            config, title = {stage: name, "fingerprint": mark}, f"{name}, from the volume"
+        return self.record(Artefact(
+            place, stage, self.spec(stage, config, {}, FETCH[stage]), None, title, (self.name,), FETCH[stage]
+        ))  # fmt: skip
+
+    def data(self, phase: str, model: str, datasets: Iterable[Dataset], limits: dict[str, int]) -> str:
         parents = {"tokenizer": model}
-        parents |= {f"dataset:{name}": self.dataset(name) for name in datasets}
-        config = {"phase": phase, **limits, **self.scenario.data.model_dump(mode="json")}
-        sets = ", ".join(datasets)
-        return self.add("data", config, parents, None, f"tokenised {phase} rows of {sets}")
+        parents |= {f"dataset:{d.name}": self.dataset(d) for d in datasets}
+        rows = {d.name: d.model_dump(include={"split", "columns"}) for d in datasets}
+        config = {"phase": phase, **limits, **self.scenario.data.model_dump(mode="json"), "datasets": rows}
+        return self.add("data", config, parents, None, f"tokenised {phase} rows of {', '.join(rows)}")
 
     def trained(self, stage: str, config: Any, parents: dict[str, str], model: str) -> str:
         data = self.data(stage, parents["model"], config.datasets, {"max_tokens": config.max_tokens})
@@ -146,28 +178,37 @@ class _Builder:
         parents: dict[str, str],
         run: Run | None,
         title: str,
-        source: str | None = None,
+        place: str | None = None,
     ) -> str:
-        """Record an artefact, or that this scenario wants it too; return its path."""
+        """Record an artefact that is named by what goes into it; return its path."""
         if stage in ("sft", "reward", "rlhf"):
             config = {"seed": self.scenario.seed, **config}
-        code = self.code(ENTRY[stage])
-        key = store.key(stage, config, parents, code)
-        path = f"{stage}s/{source}@{key}" if source else f"store/{stage}/{self.slug(stage, config)}-{key}"
-        spec = {"stage": stage, "config": config, "parents": parents, "code": code}
-        new = Artefact(path, stage, spec, run, title, (self.name,))
-        old = self.artefacts.setdefault(path, new)
+        spec = self.spec(stage, config, parents, ENTRY[stage])
+        key = store.key(stage, config, parents, spec["code"])
+        path = f"{place}@{key}" if place else f"store/{stage}/{self.slug(stage, config)}-{key}"
+        return self.record(Artefact(path, stage, spec, run, title, (self.name,), ENTRY[stage]))
+
+    def spec(self, stage: str, config: dict[str, Any], parents: dict[str, str], entry: str) -> dict[str, Any]:
+        return {"stage": stage, "config": config, "parents": parents, "code": self.code(entry)}
+
+    def record(self, new: Artefact) -> str:
+        """Record an artefact, or that this scenario wants it too; return its path."""
+        old = self.artefacts.setdefault(new.path, new)
         if self.name not in old.scenarios:
-            differs = old.run_differs + ((self.name,) if old.run != run else ())
+            differs = old.run_differs + ((self.name,) if old.run != new.run else ())
             scenarios = (*old.scenarios, self.name)
-            self.artefacts[path] = replace(old, scenarios=scenarios, run_differs=differs)
-        return path
+            self.artefacts[new.path] = replace(old, scenarios=scenarios, run_differs=differs)
+        return new.path
 
     def slug(self, stage: str, config: dict[str, Any]) -> str:
         if stage == "data":
             return str(config["phase"])
-        model = self.scenario.reward.model if stage == "reward" else self.scenario.actor.model
-        return model.split("/")[1]
+        return _plain(self.scenario.reward.model if stage == "reward" else self.scenario.actor.model)
+
+
+def _plain(name: str) -> str:
+    """Return the last part of a name, fit for a path."""
+    return re.sub(r"[^\w.-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]) or "source"
 
 
 def _what(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import jsonl, store
-from rlhf.adapters import ADAPTERS, Row, for_phase
+from rlhf import datafiles, store
+from rlhf.adapters import Prompt, Unusable, adapt
 from rlhf.errors import DataError
 from rlhf.progress import progress
 from rlhf.rows import PARTS, Rows, RowWriter
@@ -24,17 +25,20 @@ CHUNK = 1000  # rows that are tokenised in one call
 def prepare(config: dict[str, Any], tokenizer_path: Path, datasets: dict[str, Path], out: Path) -> None:
     """Write the splits `train` and `eval` of a phase, and `card.json`.
 
+    Args:
+        datasets: name -> its artefact; `config["datasets"]` says how to read each.
+
     Raises:
-        DataError: no row is left for one of the splits.
+        DataError: a dataset cannot be read, or no row is left for one of the splits.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    special = tokenizer.all_special_tokens
     phase, parts = config["phase"], PARTS[config["phase"]]
     card: dict[str, Any] = {"phase": phase, "parts": list(parts), "datasets": {}, "splits": {}}
     with RowWriter(out / "train", parts) as train, RowWriter(out / EVAL, parts) as held_out:
         for name, path in datasets.items():
             counts: Counter[str] = Counter()
-            for split, tokens in _tokenised(_mine(name, path, config, counts, special), tokenizer, phase):
+            mine = _mine(name, path, config, counts, _any_of(tokenizer.all_special_tokens))
+            for split, tokens in _tokenised(mine, tokenizer):
                 if sum(map(len, tokens[:1])) + max(map(len, tokens[1:]), default=0) > config["max_tokens"]:
                     counts[f"dropped: longer than {config['max_tokens']} tokens"] += 1
                     continue
@@ -48,27 +52,36 @@ def prepare(config: dict[str, Any], tokenizer_path: Path, datasets: dict[str, Pa
     store.write_json(out / "card.json", card)
 
 
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)))
+
+
 def _mine(
-    name: str, path: Path, config: dict[str, Any], counts: Counter[str], special: Iterable[str]
-) -> Iterator[tuple[str, Row]]:
-    """Yield (split, row) of the rows that this phase trains on or is measured on."""
-    for raw in progress(jsonl.read(path / "train.jsonl"), name, unit="rows"):
-        row = ADAPTERS[name](raw)
-        if any(token in text for text in (*row.turns, *row.texts()) for token in special):
+    name: str, path: Path, config: dict[str, Any], counts: Counter[str], special: re.Pattern[str]
+) -> Iterator[tuple[str, Prompt]]:
+    """Yield (split, row) of the rows that this phase trains on or is measured on; count the others."""
+    how = config["datasets"][name]
+    for raw in progress(datafiles.read(path, how["split"]), name, unit="rows"):
+        try:
+            row = adapt(raw, how["columns"], config["phase"])
+        except Unusable as error:
+            counts[f"dropped: {error}"] += 1
+            continue
+        except KeyError as error:
+            raise DataError(f"{name} has no column {error}; it has {', '.join(raw)}") from None
+        if any(special.search(text) for text in (*row.turns, *row.texts())):
             # It would be read as the end of a turn, not as what somebody wrote.
             counts["dropped: holds a special token"] += 1
             continue
         phase = phase_of(row.group, config["shares"], config["eval_share"])
-        if phase == EVAL:
-            yield EVAL, row
-        elif phase == config["phase"]:
-            yield "train", row
+        if phase in (EVAL, config["phase"]):
+            yield EVAL if phase == EVAL else "train", row
         else:
-            counts["left to other phases"] += 1
+            counts[f"left to {phase}"] += 1
 
 
 def _tokenised(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerFast, phase: str
+    rows: Iterable[tuple[str, Prompt]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, list[list[int]]]]:
     """Yield (split, token ids part by part); many rows are tokenised in one call."""
     rows = iter(rows)
@@ -76,7 +89,7 @@ def _tokenised(
         prompts = [row.turns for _, row in chunk]
         texts = prompt_texts(tokenizer, prompts)
         columns = [texts]
-        for replies in zip(*(for_phase(row, phase) for _, row in chunk), strict=True):
+        for replies in zip(*(row.texts() for _, row in chunk), strict=True):
             columns.append(response_texts(tokenizer, prompts, texts, replies))
         ids = [tokenizer(column, add_special_tokens=False)["input_ids"] for column in columns]
         for (split, _), *parts in zip(chunk, *ids, strict=True):

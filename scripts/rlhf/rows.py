@@ -29,15 +29,15 @@ class RowWriter:
     def __init__(self, path: Path, parts: Sequence[str]) -> None:
         path.mkdir(parents=True)
         self.path, self.parts = path, tuple(parts)
-        self._index: list[list[int]] = []
         self._end = 0
         self._file = (path / "tokens.bin").open("wb")
+        self._index = (path / "index.bin").open("w+b")
 
     def append(self, row: Sequence[Sequence[int]]) -> None:
         """Add a row: one sequence of token ids per part."""
         lengths = [len(part) for part in row]
         np.concatenate([np.asarray(part, np.int32) for part in row]).tofile(self._file)
-        self._index.append([self._end, *lengths])
+        np.array([self._end, *lengths], np.int64).tofile(self._index)
         self._end += sum(lengths)
 
     def __enter__(self) -> RowWriter:
@@ -47,8 +47,12 @@ class RowWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        index = np.array(self._index, np.int64).reshape(len(self._index), len(self.parts) + 1)
-        np.save(self.path / "index.npy", index)
+        self._index.flush()
+        raw, columns = self.path / "index.bin", len(self.parts) + 1
+        index = np.memmap(raw, np.int64, "r") if raw.stat().st_size else np.zeros(0, np.int64)
+        np.save(self.path / "index.npy", index.reshape(-1, columns))
+        self._index.close()
+        raw.unlink()
 
 
 class Rows(Sequence[list[Ids]]):

@@ -7,20 +7,19 @@ The directory carries its artefact's name, so no state is ever taken up by anoth
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf import store
-from rlhf.errors import UserError
+from rlhf.workdir import hold
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +33,10 @@ class State:
 
     work: Path
     engines: dict[str, Any]
-    _lock: TextIO | None = field(default=None, init=False)
 
     def lock(self) -> None:
-        """Keep others from training the same artefact; the lock goes with this process.
-
-        Raises:
-            UserError: another process holds it.
-        """
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.work / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            raise UserError(
-                f"{self.work} is in use by {self._lock.read().strip() or 'another process'}: that one"
-                " trains the same artefact. Wait for it, or end it and start again."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._lock.flush()
+        """Keep others from training the same artefact (see `workdir.hold`)."""
+        hold(self.work)
 
     def save(self, step: int, loop: dict[str, Any]) -> None:
         """Save everything after `step` steps; older states but the last ones go."""

@@ -38,6 +38,31 @@ def key(stage: str, config: object, parents: dict[str, str], code: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def fingerprint(path: Path) -> str:
+    """Return what stands for the content of a file or directory, without reading it (12 hex).
+
+    Names, sizes and times of change of every file: whoever edits one gets another artefact. The
+    same for every path that does not exist.
+    """
+    files = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+    seen = [(p.relative_to(path.parent).parts[1:], *_size_and_time(p)) for p in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file into an artefact, on the same disk blocks where the volume can do that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another volume, or one without hard links
+        shutil.copy2(source, target)
+
+
 @dataclass
 class Draft:
     """An artefact that is being written; `path` becomes its final place on success."""

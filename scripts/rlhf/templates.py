@@ -25,6 +25,16 @@ TURN_TOKENS = (
     "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )
 
+# For published models without a template: the turns of Anthropic's and Dahoas' dialogues as they
+# are written there. BOS once, at the start; no EOS between turns (OPT's BOS is its EOS). The line
+# breaks stand in expressions: Jinja drops one that follows a block.
+HUMAN_ASSISTANT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
 
 def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
     roles = ("user", "assistant")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import store
+from rlhf.config import STAGES
 from rlhf.errors import DataError, UserError
 from rlhf.plan import Artefact, Plan
 
@@ -132,8 +133,15 @@ class Volume:
             if path not in used and (path / store.PROVENANCE).exists():
                 used.add(path)
                 waiting += [Path(p) for p in store.read_provenance(path)["parents"].values()]
-        states = [w for w in sorted(self.root.glob("work/*/*")) if Path("store", *w.parts[-2:]).exists()]
-        return [path for path in self.present() if path not in used] + states
+        return [path for path in self.present() if path not in used] + self._finished_work()
+
+    def _finished_work(self) -> list[Path]:
+        """Return working directories of artefacts that are published."""
+        downloads = [w for kind in ("models", "datasets") for w in self.root.glob(f"work/{kind}/*/*")]
+        states = [w for stage in STAGES for w in self.root.glob(f"work/{stage}/*")]
+        return [w for w in sorted(downloads) if Path(*w.parts[1:]).exists()] + [
+            w for w in sorted(states) if Path("store", *w.parts[1:]).exists()
+        ]
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove directories."""
@@ -150,15 +158,7 @@ def _copy(source: Path, artefact: Artefact) -> None:
     }  # fmt: skip
     with store.publish(Path(artefact.path), record) as draft:
         for name in old["files"]:
-            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source / name, draft.path / name)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a volume without hard links
-        shutil.copy2(source, target)
+            store.link_or_copy(source / name, draft.path / name)
 
 
 def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:

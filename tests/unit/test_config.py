@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,8 @@ def test_a_rollout_that_does_not_divide_into_mini_batches_is_told():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("opt-3x96", "models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}; the Hub is not read yet"),
+        ("opt-3x96", "should be organisation/name on the Hub, or a path on the volume"),
+        ("builtin/gpt", "built-in models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}"),
         ("builtin/opt-3x95-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
         ("builtin/opt-0x96-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
         ("builtin/opt-3x96-bpe10", "needs a vocabulary of at least 300"),
@@ -223,8 +225,37 @@ def test_an_unknown_model_is_told_with_what_there_is(name, why):
 
 def test_an_unknown_dataset_is_told_with_what_there_is():
     assert the_mistake(a={"sft": {"datasets": ["builtin/chitchat", "builtin/chat"]}}).endswith(
-        "datasets: builtin/chitchat, builtin/chitchat-pairs; the Hub is not read yet"
+        "builtin/chat: built-in datasets: builtin/chitchat, builtin/chitchat-pairs"
     )
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("a/b", "the columns of a/b are not known: say which hold what, as {name: a/b, columns: {prompt:"),
+        ({"name": "a/b", "columns": {"prompt": "p", "chosen": "c"}}, "chosen and rejected go together"),
+        ({"name": "a/b", "columns": {"prompt": "p"}}, "datasets a/b hold no responses"),
+        ({"name": "builtin/chitchat", "revision": "v2"}, "is not on the Hub and has no revision v2"),
+        ({"name": "a/b", "columns": {"promt": "p"}}, "columns.promt"),
+        ({"name": "a/../b", "columns": {"prompt": "p", "response": "r"}}, "should be organisation/name"),
+        ({"name": "a/b", "revision": "../x", "columns": {"prompt": "p", "response": "r"}}, "revision"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_told(entry, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        config.load(yaml.safe_load(FILE.read_text()) | {"scenarios": {"a": {"sft": {"datasets": [entry]}}}})
+
+
+def test_a_dataset_stands_once_in_a_list():
+    assert "builtin/chitchat stands here more than once" in the_mistake(
+        a={"sft": {"datasets": ["builtin/chitchat", {"name": "builtin/chitchat", "split": "test"}]}}
+    )
+
+
+def test_a_known_dataset_needs_its_name_only():
+    tree = written(a={"sft": {"datasets": ["Dahoas/rm-static"]}})
+    (found,) = config.load(tree).scenarios["a"].sft.datasets
+    assert (found.columns.chosen, found.columns.dialogue, found.revision) == ("chosen", True, "main")
 
 
 def test_a_reward_model_needs_pairs():
@@ -265,6 +296,6 @@ def test_odd_shapes_are_told_like_any_mistake(change, said):
 
 def test_one_unknown_dataset_is_one_mistake():
     tree = yaml.safe_load(FILE.read_text())
-    tree["scenarios"] = {"a": {"sft": {"datasets": ["no/such"]}}}
+    tree["scenarios"] = {"a": {"sft": {"datasets": ["builtin/such"]}}}
     with pytest.raises(ConfigError, match=r"^1 mistake"):
         config.load(tree)

@@ -21,9 +21,13 @@ def code(entry):
     return f"code of {entry}"
 
 
+def fingerprint(path):
+    return f"mark-of-{len(path)}"
+
+
 def planned(first=(), code=code, **scenarios):
     tree = TREE | {"scenarios": copy.deepcopy(scenarios)}
-    return plan(config.load(tree), code, first)
+    return plan(config.load(tree), code, fingerprint, first)
 
 
 def names(made, scenario):
@@ -97,7 +101,7 @@ def test_every_value_but_run_is_in_a_name():
     optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
                  "warmup_steps": 5, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
     training = {"max_tokens": 9, "train_batch_size": 128, "steps": 9, "epochs": 3, "eval_rows": 3,
-                "datasets": ["builtin/chitchat-pairs"] * 2, "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
+                "datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
     length = {"epochs": {"steps": None}, "steps": {"epochs": None}}
     for stage, section in (("sft", config.Training), ("reward", config.Training)):
         assert set(training) == set(section.model_fields) - {"run"}
@@ -167,7 +171,7 @@ def test_the_order_of_lines_in_the_file_is_in_no_name():
         return {k: turned(v) for k, v in reversed(tree.items())} if isinstance(tree, dict) else tree
 
     tree = copy.deepcopy(TREE)
-    one, two = plan(config.load(tree), code), plan(config.load(turned(tree)), code)
+    one, two = (plan(config.load(t), code, fingerprint) for t in (tree, turned(tree)))
     assert one.results == two.results
 
 
@@ -180,9 +184,9 @@ def test_names_are_the_same_in_every_process():
     program = (
         "import sys, yaml, json; from rlhf import config, plan;"
         "tree = yaml.safe_load(open('config.yaml'));"
-        "print(json.dumps(plan.plan(config.load(tree), lambda e: 'code of ' + e).results))"
+        "print(json.dumps(plan.plan(config.load(tree), lambda e: 'code of ' + e, lambda p: '').results))"
     )
-    here = plan(config.load(TREE), code).results
+    here = plan(config.load(TREE), code, fingerprint).results
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "scripts")}
         there = subprocess.run(

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import jsonl, preparation
+from rlhf import catalog, jsonl, preparation
 from rlhf.rows import Rows
 from rlhf.templates import ASSISTANT, TURN_TOKENS, USER
 
@@ -31,9 +31,11 @@ def tokenizer_path(tmp_path):
 
 
 def prepared(tmp_path, tokenizer_path, rows, phase="sft"):
-    (tmp_path / "set").mkdir()
-    jsonl.write(tmp_path / "set/train.jsonl", rows)
-    config = {"phase": phase, "max_tokens": 60, **SHARES}
+    (tmp_path / "set/files").mkdir(parents=True)
+    jsonl.write(tmp_path / "set/files/train.jsonl", rows)
+    columns = catalog.COLUMNS["builtin/chitchat"]
+    how = {"builtin/chitchat": {"split": "train", "columns": columns}}
+    config = {"phase": phase, "max_tokens": 60, **SHARES, "datasets": how}
     preparation.prepare(config, tokenizer_path, {"builtin/chitchat": tmp_path / "set"}, tmp_path / "out")
     return tmp_path / "out", json.loads((tmp_path / "out/card.json").read_text())
 

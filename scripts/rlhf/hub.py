@@ -1,0 +1,173 @@
+"""The Hugging Face Hub: which commit a revision means, which files it holds, and what went wrong.
+
+Metadata, authentication and errors are the `huggingface_hub` client's; `HF_ENDPOINT`, `HF_TOKEN`,
+`HF_HUB_OFFLINE` and the proxy variables work as everywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers
+
+from rlhf.errors import UserError
+from rlhf.retry import Transient, retried
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers that may be better the next time
+
+http: Any = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx, or httpx2 since hub 2
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit: its size in bytes and the hash that the Hub knows.
+
+    `sha256` is of the content of large files; the others have git's `blob_id` only.
+    """
+
+    name: str
+    size: int
+    blob_id: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a repository."""
+
+    kind: str  # model, dataset
+    repository: str
+    revision: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+    def url(self, name: str) -> str:
+        """Return where a file of the commit lies."""
+        return hf_hub_url(
+            self.repository, name, repo_type=self.kind, revision=self.commit, endpoint=constants.ENDPOINT
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values, from which `from_json` makes the same again."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Snapshot:
+        """Return what `as_json` was made from."""
+        return Snapshot(**{**value, "files": tuple(RemoteFile(**f) for f in value["files"])})
+
+
+def snapshot(kind: str, repository: str, revision: str, recorded: str | None) -> Snapshot:
+    """Return the commit that a revision means, with its files.
+
+    Args:
+        recorded: the commit that this revision meant before; it is asked for instead.
+
+    Raises:
+        UserError: there is no such thing, it may not be read, or the Hub cannot be reached.
+    """
+    refuse_if_offline(f"{kind} {repository}")
+    wanted = recorded or revision
+
+    def ask() -> Any:
+        with explained(kind, repository, wanted):
+            return HfApi(endpoint=constants.ENDPOINT).repo_info(
+                repository, repo_type=kind, revision=wanted, files_metadata=True
+            )
+
+    info = retried(f"{kind} {repository}", ask)
+    exact = recorded or (revision if COMMIT.fullmatch(revision) else None)
+    if exact and info.sha != exact:
+        raise UserError(
+            f"{constants.ENDPOINT} gives commit {info.sha} for {repository}, {exact} was asked for:"
+            " not the same repository? Check HF_ENDPOINT and the revision."
+        )
+    files = tuple(
+        RemoteFile(f.rfilename, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in info.siblings
+    )
+    return Snapshot(kind, repository, revision, info.sha, files)
+
+
+def refuse_if_offline(what: str) -> None:
+    """Raise UserError if nothing may be asked of the Hub."""
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{what} is not on the volume, and nothing may be downloaded (offline: true in config.yaml, or"
+            " HF_HUB_OFFLINE): bring it to the volume from elsewhere, or allow downloads"
+        )
+
+
+def headers() -> dict[str, str]:
+    """Return the headers of a request, with the user's token if there is one."""
+    return dict(build_hf_headers(library_name="snakemake-rlhf"))
+
+
+@contextmanager
+def explained(kind: str, repository: str, revision: str) -> Iterator[None]:
+    """Turn the client's errors into sentences, or into `Transient` where another try may help."""
+    place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    token = "HF_TOKEN is set" if headers().get("authorization") else "HF_TOKEN is not set"
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(
+            f"{kind} {repository} is gated: accept its terms at {place}, then set HF_TOKEN to a token of"
+            f" that account ({token})"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{kind} {repository} has no revision {revision}: choose a branch, tag or commit listed at"
+            f" {place}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no {kind} {repository} at {constants.ENDPOINT}, or it is private: check the name;"
+            f" for a private one set HF_TOKEN to a token that may read it ({token})"
+        ) from None
+    except EntryNotFoundError as error:
+        raise UserError(f"{kind} {repository} at {revision} lacks a file that it lists: {error}") from None
+    except HfHubHTTPError as error:
+        raise _answered(error, f"{kind} {repository}", token) from None
+    except http.HTTPError as error:
+        raise Transient(
+            f"cannot reach {constants.ENDPOINT} ({type(error).__name__}: {error}): check the network,"
+            " HTTPS_PROXY and HF_ENDPOINT"
+        ) from None
+    except json.JSONDecodeError:
+        raise UserError(
+            f"{constants.ENDPOINT} does not speak the Hub's protocol: check HF_ENDPOINT, and whether a proxy"
+            " answers in its place"
+        ) from None
+
+
+def _answered(error: HfHubHTTPError, what: str, token: str) -> Exception:
+    status = error.response.status_code
+    if status in BUSY:
+        return Transient(f"{constants.ENDPOINT} answered {status} for {what}", wait_asked(error.response))
+    if status in (401, 403):
+        return UserError(
+            f"{constants.ENDPOINT} refused {what} ({status}): the token may be wrong, expired, or without"
+            f" the right to read it ({token}); no_proxy or a mirror may drop it too"
+        )
+    return UserError(f"{constants.ENDPOINT} answered {status} for {what}: {error.response.reason_phrase}")
+
+
+def wait_asked(response: Any) -> float | None:
+    """Return the seconds that a `Retry-After` header asks for."""
+    value = response.headers.get("retry-after", "")
+    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None

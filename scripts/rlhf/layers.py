@@ -1,0 +1,131 @@
+"""Layers of a configuration: scenarios as overrides on a base, and mistakes told in words.
+
+Knows trees and pydantic models, not what is configured.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rlhf.errors import ConfigError
+
+Tree = dict[str, Any]
+Layers = list[tuple[str, Tree]]  # (origin, overrides), the base first
+Location = tuple[Any, ...]
+
+
+def listing(errors: list[str]) -> str:
+    count = f"{len(errors)} mistake" + ("s" if len(errors) > 1 else "")
+    return f"{count} in the configuration:\n" + "\n".join(f"  - {e}" for e in errors)
+
+
+def chain_of(name: str, tree: Tree) -> Layers:
+    """Return (origin, overrides) from `defaults` to the scenario itself."""
+    scenarios, chain, seen = tree["scenarios"], [], []
+    current: str | None = name
+    while current is not None:
+        seen.append(current)
+        layer = scenarios.get(current)
+        if layer is None and current in scenarios:
+            layer = {}
+        if not isinstance(layer, dict):
+            known = ", ".join(map(str, scenarios))
+            raise ConfigError(
+                f"scenarios.{seen[-2] if len(seen) > 1 else name}: base {current!r}"
+                f" is no scenario; there are: {known}"
+                if current not in scenarios
+                else f"scenarios.{current} = {layer!r}: should be a mapping"
+            )
+        chain.append((f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
+        current = layer.get("base")
+        if not isinstance(current, str | None):
+            raise ConfigError(f"scenarios.{seen[-1]}: base = {current!r}: should be a scenario's name")
+        if current in seen:
+            raise ConfigError(f"scenarios.{name}: base goes round: {' -> '.join([*seen, current])}")
+    return [("defaults", tree.get("defaults") or {}), *reversed(chain)]
+
+
+def merge(base: Tree, override: Tree) -> Tree:
+    """Return `base` with `override` laid over it; mappings merge, all else replaces."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def mistakes(kind: type[BaseModel], name: str, merged: Tree, chain: Layers) -> list[str]:
+    """Return every mistake of a scenario, in words; empty if `merged` is a valid `kind`."""
+    try:
+        kind.model_validate(merged)
+    except ValidationError as error:
+        found = error.errors()
+        deeper = {e["loc"][:-1] for e in found}  # a list is called too short where its items are wrong
+        told = (e for e in found if not (e["type"] == "too_short" and e["loc"] in deeper))
+        return [_sentence(kind, name, e, chain) for e in told]
+    return []
+
+
+def _sentence(kind: type[BaseModel], name: str, error: Any, chain: Layers) -> str:
+    """Say what is wrong, with which value, where it came from and what to do."""
+    loc = error["loc"]
+    if error["type"] == "extra_forbidden":
+        siblings = _fields_beside(kind, loc)
+        return unknown(f"{name}: {_dotted(loc)}", error["input"], _origin(loc, chain), siblings)
+    if error["type"] == "missing":
+        help_ = _description(kind, loc)
+        return f"{name}: {_dotted(loc)} is missing: set it in defaults or in the scenario{help_}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if isinstance(error["input"], dict):  # a check of a whole section: its message names the values
+        return f"{name}: {_dotted(loc) or 'scenario'} (from {_origin(loc, chain)}): {message}"
+    where = _origin(loc, chain)
+    return f"{name}: {_dotted(loc)} = {error['input']!r} (from {where}): {message}{_description(kind, loc)}"
+
+
+def unknown(field: str, value: object, origin: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    return f"{field} = {value!r} (from {origin}): no such field; {hint}"
+
+
+def _dotted(loc: Location) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _origin(loc: Location, chain: Layers) -> str:
+    """Name the last layer that says something at `loc`, be it null."""
+    for origin, layer in reversed(chain):
+        node: Any = layer
+        for part in loc:
+            if not (isinstance(node, dict) and part in node):
+                break
+            node = node[part]
+        else:
+            return origin
+        if node is None:  # a section that was set to null above `loc`
+            return origin
+    return "defaults"
+
+
+def _section_of(section: type[BaseModel], loc: Location) -> type[BaseModel] | None:
+    for part in loc:
+        field = section.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return None
+        section = kind
+    return section
+
+
+def _fields_beside(kind: type[BaseModel], loc: Location) -> list[str]:
+    section = _section_of(kind, loc[:-1])
+    return list(section.model_fields) if section else []
+
+
+def _description(kind: type[BaseModel], loc: Location) -> str:
+    section = _section_of(kind, loc[:-1])
+    field = section.model_fields.get(str(loc[-1])) if section else None
+    return f" ({field.description})" if field and field.description else ""

@@ -1,0 +1,176 @@
+"""From published weights to safetensors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import hub_content
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf import chat_tokenizer, weights
+from rlhf.errors import DataError, UserError
+from rlhf.templates import load_tokenizer, prompt_texts, response_texts
+
+
+def bring(source, tmp_path, ours=False):
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir(exist_ok=True)
+    weights.bring(source, out, work, ours)
+    shutil.copy(source / "config.json", out)
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("like_350m", [False, True])
+def test_pickles_become_the_same_model_in_safetensors(tmp_path, shards, prefix, like_350m):
+    made = hub_content.opt(tmp_path / "hub", shards=shards, prefix=prefix, like_350m=like_350m)
+    out = bring(tmp_path / "hub", tmp_path)
+    files = sorted(p.name for p in out.iterdir())
+    assert len([f for f in files if f.endswith(".safetensors")]) == shards
+    assert ("model.safetensors.index.json" in files) == (shards > 1)
+    assert not [f for f in files if f.endswith((".bin", ".h5", ".msgpack"))]
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16, output_loading_info=True)
+    assert not any(info.values())
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    scorer = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1)
+    assert scorer.score.in_features == made.config.word_embed_proj_dim
+
+
+def test_what_was_converted_is_not_converted_again_and_our_pickles_go(tmp_path, monkeypatch):
+    hub_content.opt(tmp_path / "hub", shards=3)
+    calls, convert = [], weights.Conversion.convert
+
+    def dies_at_the_third(self, path, target):
+        calls.append(path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        convert(self, path, target)
+
+    monkeypatch.setattr(weights.Conversion, "convert", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        bring(tmp_path / "hub", tmp_path, ours=True)
+    assert sorted(p.name for p in (tmp_path / "hub").glob("*.bin")) == ["pytorch_model-00003-of-00003.bin"]
+    out = bring(tmp_path / "hub", tmp_path, ours=True)
+    assert calls[3:] == ["pytorch_model-00003-of-00003.bin"]
+    AutoModelForCausalLM.from_pretrained(out)
+    assert not list((tmp_path / "hub").glob("*.bin"))
+
+
+def changed(tmp_path, change):
+    """Publish an OPT whose pickle was changed."""
+    hub_content.opt(tmp_path / "hub")
+    path = tmp_path / "hub/pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+    return tmp_path / "hub"
+
+
+EMBED = "model.decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.decoder.layers.1.fc1.weight"), "lacks model.decoder.layers.1.fc1.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "has extra, of which config.json knows nothing"),
+        (
+            lambda t: t.update({EMBED: torch.zeros(3, 32)}),
+            r"has shape \[3, 32\], config.json says \[600, 32\]",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t[EMBED] + 1}),
+            "ties lm_head.weight to .* the checkpoint's differ",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(tmp_path, change, said):
+    with pytest.raises(DataError, match=said):
+        bring(changed(tmp_path, change), tmp_path)
+
+
+class Hostile:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, save):
+    hub_content.opt(tmp_path / "hub")
+    mark = tmp_path / "was-run"
+    save({"model.decoder.embed_tokens.weight": Hostile(mark)}, tmp_path / "hub/pytorch_model.bin")
+    with pytest.raises(
+        UserError,
+        match=r"is refused: it asks for posix.system; nothing of it was run|is refused: it is damaged",
+    ):
+        bring(tmp_path / "hub", tmp_path)
+    assert not mark.exists()
+
+
+def test_a_pickle_of_other_things_than_tensors_is_refused(tmp_path):
+    hub_content.opt(tmp_path / "hub")
+    torch.save({"a": torch.zeros(1), "epoch": 3}, tmp_path / "hub/pytorch_model.bin")
+    with pytest.raises(UserError, match="tensors by name and nothing else"):
+        bring(tmp_path / "hub", tmp_path)
+
+
+def test_an_older_pickle_that_cannot_be_mapped_is_read_too(tmp_path):
+    made = hub_content.opt(tmp_path / "hub")
+    path = tmp_path / "hub/pytorch_model.bin"
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    out = bring(tmp_path / "hub", tmp_path)
+    assert torch.equal(load_file(out / "model.safetensors")[EMBED], made.get_input_embeddings().weight)
+
+
+def test_safetensors_are_taken_where_there_are_some(tmp_path):
+    made = hub_content.opt(tmp_path / "hub")
+    made.save_pretrained(tmp_path / "hub")
+    names = [p.name for p in (tmp_path / "hub").iterdir()]
+    assert weights.choose(names) == ["model.safetensors"]
+    out = bring(tmp_path / "hub", tmp_path)
+    assert (out / "model.safetensors").samefile(tmp_path / "hub/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"], ["pytorch_model.bin"]),
+        (["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"], ["model.safetensors"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", weights.INDEX, "x.bin"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", weights.INDEX],
+        ),
+        (["rust_model.ot"], []),
+    ],
+)
+def test_one_set_of_weights_is_chosen(names, chosen):
+    assert weights.choose(names) == chosen
+
+
+def test_opts_tokenizer_gets_a_template_and_its_bos_stands_once(tmp_path):
+    hub_content.opt(tmp_path / "hub")
+    chat_tokenizer.bring(tmp_path / "hub", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    turns = [("hi", "hello", "how are you?")]
+    (prompt,) = prompt_texts(tokenizer, turns)
+    assert prompt == "</s>\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how are you?\n\nAssistant:"
+    assert response_texts(tokenizer, turns, [prompt], ["fine"]) == [" fine</s>"]
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert ids.count(2) == 1
+    anyone = AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns[0])]
+    assert anyone.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == ids
+    assert (anyone.pad_token_id, anyone.eos_token_id, anyone.bos_token_id) == (1, 2, 2)
