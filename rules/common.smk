@@ -1,5 +1,6 @@
 """The plan, and functions of the wildcards that look things up in it."""
 
+import difflib
 import json
 import os
 import shutil
@@ -22,17 +23,50 @@ def requested_scenarios():
     return [parts[1] for parts in targets if parts[0] == "results" and len(parts) > 2]
 
 
+def refuse_unknown_targets(plan, settings):
+    """Refuse what no scenario makes, with what there is: Snakemake would not say."""
+    known = [*plan.results, *plan.artefacts]
+    places = ("results/", "store/", "models/", "datasets/")
+    for target in sys.argv[1:]:
+        if target.startswith(places) and target.rstrip("/") not in known:
+            close = difflib.get_close_matches(target, known, n=3, cutoff=0.7) or [
+                f"results/{name}/rlhf/actor" for name in settings.scenarios
+            ]
+            raise UserError(
+                f"no scenario makes {target}; did you mean {' or '.join(close)}?"
+            )
+
+
+def refuse_unusable_volume(pvc):
+    """Refuse a volume that cannot be written to, before anything starts."""
+    place = Path(pvc)
+    try:
+        if pvc.startswith("~"):
+            raise OSError("a shell's name, not a path")
+        place.mkdir(parents=True, exist_ok=True)
+        usable = os.access(place, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise UserError(
+            f"pvc = {pvc!r}: should be a directory that can be written to, by its path from / or from here"
+        )
+
+
 def load_plan():
     """The configuration and its plan; a mistake ends Snakemake with one message and code 2."""
     try:
         settings = configuration.load(config)
+        refuse_unusable_volume(settings.pvc)
 
         def fingerprint(source):
             return store.fingerprint(Path(settings.pvc, source))
 
-        return settings, planning.plan(
+        plan = planning.plan(
             settings, codehash.digest, fingerprint, requested_scenarios()
         )
+        refuse_unknown_targets(plan, settings)
+        return settings, plan
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -41,7 +75,7 @@ def load_plan():
 CONFIG, PLAN = load_plan()
 
 if CONFIG.offline:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the client's own switch; jobs inherit it
+    os.environ.update(HF_HUB_OFFLINE="1")  # the client's own switch; jobs inherit it
 
 # Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
 os.environ.update(

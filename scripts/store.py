@@ -15,10 +15,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from rlhf import codehash, config, plan, store, upkeep
+from rlhf import codehash, config, layers, plan, store, upkeep
 from rlhf.errors import UserError, run_main
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--configfile", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument("--configfile", type=Path, help="laid over config.yaml, as Snakemake's")
     parser.add_argument("--pvc", type=Path, help="the volume; by default what the configuration says")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="what is there, size, age, and which results name it")
@@ -41,8 +42,11 @@ def main() -> None:
     gc.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("verify", help="compare files with their hashes").add_argument("name", nargs="*")
     args = parser.parse_args()
-    settings = config.load(yaml.safe_load(args.configfile.read_text()))
-    os.chdir(args.pvc or PROJECT / settings.pvc)
+    settings = config.load(tree_of(args.configfile))
+    place = args.pvc or PROJECT / settings.pvc
+    if not place.is_dir():
+        raise UserError(f"{place} is no directory: give --pvc, or correct pvc in config.yaml")
+    os.chdir(place)
     wanted = plan.plan(settings, codehash.digest, lambda source: store.fingerprint(Path(source)))
     volume = upkeep.Volume(Path(), wanted)
     if args.command == "ls":
@@ -55,6 +59,17 @@ def main() -> None:
         collect(volume, args.yes)
     else:
         verify(volume, args.name)
+
+
+def tree_of(more: Path | None) -> dict[str, Any]:
+    """Return config.yaml, with another file laid over it."""
+    tree: dict[str, Any] = {}
+    for path in [PROJECT / "config.yaml", *([more] if more else [])]:
+        try:
+            tree = layers.merge(tree, yaml.safe_load(path.read_text()) or {})
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read as a YAML mapping: {error}") from None
+    return tree
 
 
 def collect(volume: upkeep.Volume, yes: bool) -> None:

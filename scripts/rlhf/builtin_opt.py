@@ -9,10 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from rlhf.builtin_chats import chats
-from rlhf.catalog import HEAD_SIZE, OPT_SHAPE
+from rlhf.catalog import HEAD_SIZE, OPT_SHAPE, POSITIONS
 from rlhf.templates import ASSISTANT, TURN_TOKENS, USER
-
-POSITIONS = 256
 
 
 def write_model(config: dict[str, Any], path: Path) -> None:

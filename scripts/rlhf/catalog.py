@@ -26,6 +26,7 @@ BUILTIN_DATASETS = tuple(name for name in COLUMNS if name.startswith("builtin/")
 
 OPT_SHAPE = re.compile(r"builtin/opt-(?P<layers>\d+)x(?P<hidden>\d+)-bpe(?P<vocabulary>\d+)")
 HEAD_SIZE = 32
+POSITIONS = 256  # of built-in models: their longest text, in tokens
 MIN_VOCABULARY = 300  # 256 bytes, the special tokens, and something to merge
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -52,6 +52,7 @@ def _known_dataset(name: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_not_a_bool)]
 Float = Annotated[float, BeforeValidator(_not_a_bool)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
 ModelName = Annotated[str, AfterValidator(_known_model)]
 DatasetName = Annotated[str, AfterValidator(_known_dataset)]
 
@@ -154,7 +155,7 @@ class Optimizer(Section):
 
     learning_rate: Float = Field(ge=0, description="peak learning rate")
     weight_decay: Float = Field(ge=0, description="decoupled, on matrices only")
-    betas: tuple[Float, Float] = Field(description="Adam's moment decay rates")
+    betas: tuple[Beta, Beta] = Field(description="Adam's moment decay rates")
     eps: Float = Field(gt=0, description="Adam's denominator term")
     max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
     schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
@@ -259,18 +260,21 @@ class Rlhf(Section):
 
     @model_validator(mode="after")
     def _lengths(self) -> Rlhf:
+        wrong = []
         if (self.epochs is None) == (self.iterations is None):
-            raise ValueError("give either epochs or iterations (the other one: null)")
+            wrong.append("give either epochs or iterations (the other one: null)")
         if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
-            raise ValueError(
+            wrong.append(
                 f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}:"
                 f" the coefficient would jump; choose {self.rollout_batch_size} or more"
             )
         if self.rollout_batch_size % self.mini_batches:
-            raise ValueError(
+            wrong.append(
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of mini_batches"
                 f" {self.mini_batches}: choose {_multiples(self.rollout_batch_size, self.mini_batches)}"
             )
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
 
@@ -311,9 +315,26 @@ class Scenario(Section):
             for field, (size, run) in wholes.items()
             if size % (part := run.micro_batch_size * run.processes)
         ]
+        wrong += _too_long(self)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+
+def _too_long(scenario: Scenario) -> list[str]:
+    """Return which lengths a built-in model has no positions for, in words."""
+    rlhf = scenario.rlhf.max_prompt_tokens
+    lengths = {
+        ("sft.max_tokens", scenario.actor.model): scenario.sft.max_tokens,
+        ("reward.max_tokens", scenario.reward.model): scenario.reward.max_tokens,
+        ("rlhf.max_prompt_tokens + max_new_tokens", scenario.actor.model): rlhf + scenario.rlhf.max_new_tokens,
+        ("rlhf.max_prompt_tokens + eval.max_new_tokens", scenario.actor.model): rlhf + scenario.eval.max_new_tokens,
+    }  # fmt: skip
+    return [
+        f"{what} = {length} is more than the {catalog.POSITIONS} positions of {model}"
+        for (what, model), length in lengths.items()
+        if catalog.kind(model) == "builtin" and length > catalog.POSITIONS
+    ]
 
 
 class Config(Section):
@@ -339,6 +360,8 @@ def load(tree: Tree) -> Config:
     Raises:
         ConfigError: with all mistakes at once, each with field, value, origin and remedy.
     """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the configuration should be a mapping, it is {tree!r}")
     errors = _odd_top(tree)
     overrides = tree.get("scenarios")
     if not isinstance(tree.get("defaults") or {}, dict):

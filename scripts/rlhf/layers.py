@@ -5,6 +5,7 @@ Knows trees and pydantic models, not what is configured.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any
 
@@ -18,8 +19,10 @@ Location = tuple[Any, ...]
 
 
 def listing(errors: list[str]) -> str:
-    count = f"{len(errors)} mistake" + ("s" if len(errors) > 1 else "")
-    return f"{count} in the configuration:\n" + "\n".join(f"  - {e}" for e in errors)
+    """Return all mistakes as one text; what several scenarios inherit is told once."""
+    told = list(dict.fromkeys(errors))
+    count = f"{len(told)} mistake" + ("s" if len(told) > 1 else "")
+    return f"{count} in the configuration:\n" + "\n".join(f"  - {e}" for e in told)
 
 
 def chain_of(name: str, tree: Tree) -> Layers:
@@ -58,20 +61,61 @@ def merge(base: Tree, override: Tree) -> Tree:
 
 
 def mistakes(kind: type[BaseModel], name: str, merged: Tree, chain: Layers) -> list[str]:
-    """Return every mistake of a scenario, in words; empty if `merged` is a valid `kind`."""
+    """Return every mistake of a scenario, in words; empty if `merged` is a valid `kind`.
+
+    Checks of several fields run only on valid ones: where a field is wrong, they are run on the
+    value below it as well.
+    """
     try:
         kind.model_validate(merged)
     except ValidationError as error:
         found = error.errors()
+        found += _beyond(kind, merged, chain, found)
         deeper = {e["loc"][:-1] for e in found}  # a list is called too short where its items are wrong
         told = (e for e in found if not (e["type"] == "too_short" and e["loc"] in deeper))
         return [_sentence(kind, name, e, chain) for e in told]
     return []
 
 
+def _beyond(kind: type[BaseModel], merged: Tree, chain: Layers, found: list[Any]) -> list[Any]:
+    """Return mistakes of valid fields taken together that invalid ones beside them hide."""
+    mended, told = copy.deepcopy(merged), [(e["loc"], e["msg"]) for e in found]
+    fields = [e["loc"] for e in found if not isinstance(e["input"], dict)]
+    if not all(_mend(mended, loc, chain) for loc in fields):
+        return []
+    try:
+        kind.model_validate(mended)
+    except ValidationError as error:
+        news = (e for e in error.errors() if (e["loc"], e["msg"]) not in told)
+        return [e for e in news if e["type"] == "value_error"]
+    return []
+
+
+def _mend(tree: Tree, loc: Location, chain: Layers) -> bool:
+    """Put the value of a lower layer, or nothing for an unknown field, at `loc`; say whether it went."""
+    *above, last = loc
+    for part in above:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    if not isinstance(tree, dict):
+        return False
+    wrong = tree.pop(last, None)
+    for _, layer in reversed(chain):
+        node: Any = layer
+        for part in loc:
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None and repr(node) != repr(wrong):  # True equals 1
+            tree[last] = node
+            return True
+    return True
+
+
 def _sentence(kind: type[BaseModel], name: str, error: Any, chain: Layers) -> str:
     """Say what is wrong, with which value, where it came from and what to do."""
     loc = error["loc"]
+    if _origin(loc, chain) == "defaults" and loc and error["type"] != "missing":
+        name = "every scenario"
     if error["type"] == "extra_forbidden":
         siblings = _fields_beside(kind, loc)
         return unknown(f"{name}: {_dotted(loc)}", error["input"], _origin(loc, chain), siblings)

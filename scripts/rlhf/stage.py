@@ -24,7 +24,7 @@ class Arguments:
 
     `spec` is the planned artefact (stage, config, parents, code), `output` where it goes, `work`
     where the state of an unfinished training lies, `board` where TensorBoard's files go, `run` how
-    it is run. The last three belong to trainings only.
+    it is run: of trainings only. `started` is the time of the start, in seconds since the epoch.
     """
 
     spec: dict[str, Any]
@@ -32,6 +32,7 @@ class Arguments:
     work: Path
     board: Path
     run: Run
+    started: float
 
     @property
     def parents(self) -> dict[str, Path]:
@@ -40,7 +41,12 @@ class Arguments:
 
 
 def arguments(description: str | None) -> Arguments:
-    """Read the command line of an entry script."""
+    """Read the command line of an entry script.
+
+    Raises:
+        UserError: the artefact exists; nothing is made for nothing.
+    """
+    started = time.time()
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--spec", type=json.loads, required=True, help="the planned artefact, JSON")
     parser.add_argument("--output", type=Path, required=True, help="the artefact's directory")
@@ -48,7 +54,8 @@ def arguments(description: str | None) -> Arguments:
     parser.add_argument("--board", type=Path, help="directory for TensorBoard's files")
     parser.add_argument("--run", type=Run.model_validate_json, help="how it is run, JSON")
     args = parser.parse_args()
-    return Arguments(args.spec, args.output, args.work, args.board, args.run)
+    store.refuse_existing(args.output)
+    return Arguments(args.spec, args.output, args.work, args.board, args.run, started)
 
 
 def settings(kind: type[Settings], args: Arguments) -> Settings:
@@ -60,12 +67,13 @@ def settings(kind: type[Settings], args: Arguments) -> Settings:
 @contextmanager
 def publish(args: Arguments) -> Iterator[store.Draft]:
     """Publish the artefact; `run.json` gets times and what the block adds."""
-    started = time.time()
     with store.publish(args.output, args.spec) as draft:
         yield draft
         draft.run |= {
-            "started": _clock(started), "seconds": round(time.time() - started, 1),
-            "host": os.uname().nodename, "run": args.run.model_dump() if args.run else None,
+            "started": _clock(args.started), "seconds": round(time.time() - args.started, 1),
+            "host": os.uname().nodename, "machine": os.uname().machine, "cpus": os.cpu_count(),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "run": args.run.model_dump() if args.run else None,
         }  # fmt: skip
 
 

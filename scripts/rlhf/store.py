@@ -79,14 +79,14 @@ def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
     Raises:
         UserError: `path` exists. Nothing is overwritten.
     """
-    if path.exists():
-        raise UserError(f"{path} exists already; nothing was overwritten. Remove it to make it anew.")
+    refuse_existing(path)
     partial = path.parent / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     partial.mkdir(parents=True)
     draft = Draft(partial, dict(provenance))
     yield draft
     write_json(partial / RUN, draft.run)
+    _make_readable(partial)
     draft.provenance["versions"] = _versions()
     draft.provenance["files"] = file_hashes(partial)
     write_json(partial / PROVENANCE, draft.provenance)
@@ -95,9 +95,23 @@ def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
     _sync_one(path.parent)
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if an artefact is there already."""
+    if path.exists():
+        raise UserError(f"{path} exists already; nothing was overwritten. Remove it to make it anew.")
+
+
+def _make_readable(path: Path) -> None:
+    """Give files the usual rights: safetensors writes them for their owner alone, and others use them."""
+    os.umask(umask := os.umask(0))
+    for file in path.rglob("*"):
+        if file.is_file() and file.stat().st_nlink == 1:  # a link's rights are its source's too
+            file.chmod(0o666 & ~umask)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON the same way everywhere: sorted keys, two spaces, a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -107,7 +121,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
         DataError: it has none, so that it is no artefact or not a whole one.
     """
     try:
-        record: dict[str, Any] = json.loads((path / PROVENANCE).read_text())
+        record: dict[str, Any] = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} has no {PROVENANCE}: not an artefact, or not a whole one") from None
     return record

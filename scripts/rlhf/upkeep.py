@@ -32,10 +32,13 @@ class Volume:
         """Return artefact -> names under `results/` that lead into it."""
         names: dict[Path, list[str]] = {}
         for link in sorted((self.root / "results").rglob("*")):
-            if link.is_symlink() and link.exists():
+            if link.is_symlink() and link.exists() and self._leads_inside(link):
                 artefact = Path(os.path.relpath(store.parent_of(link), self.root.resolve()))
                 names.setdefault(artefact, []).append(link.relative_to(self.root).as_posix())
         return names
+
+    def _leads_inside(self, link: Path) -> bool:
+        return link.resolve().is_relative_to(self.root.resolve())
 
     def listing(self) -> list[str]:
         """Return one line per artefact: size, age, path, names."""
@@ -124,24 +127,38 @@ class Volume:
         return new == old or old in store.read_provenance(self.root / new).get("adopted_from", [])
 
     def unused(self) -> list[Path]:
-        """Return artefacts that no result names or is made from, and states of published ones."""
+        """Return what may go: artefacts that no result names or is made from, and work left behind.
+
+        What the configuration asks for is in use, whether or not a result names it yet.
+        """
         used: set[Path] = set()
-        waiting = list(self.names())
+        waiting = [*self.names(), *map(Path, self.plan.artefacts)]
         while waiting:
             path = waiting.pop()
             # A parent may have been removed by hand: what is made from it stays in use.
             if path not in used and (path / store.PROVENANCE).exists():
                 used.add(path)
                 waiting += [Path(p) for p in store.read_provenance(path)["parents"].values()]
-        return [path for path in self.present() if path not in used] + self._finished_work()
+        return [path for path in self.present() if path not in used] + self._work_left()
 
-    def _finished_work(self) -> list[Path]:
-        """Return working directories of artefacts that are published."""
-        downloads = [w for kind in ("models", "datasets") for w in self.root.glob(f"work/{kind}/*/*")]
-        states = [w for stage in STAGES for w in self.root.glob(f"work/{stage}/*")]
-        return [w for w in sorted(downloads) if Path(*w.parts[1:]).exists()] + [
-            w for w in sorted(states) if Path("store", *w.parts[1:]).exists()
+    def _work_left(self) -> list[Path]:
+        """Return working directories of artefacts that are published, or that nothing asks for."""
+        left = []
+        for artefact, work in self._work():
+            if (artefact / store.PROVENANCE).exists() or str(artefact) not in self.plan.artefacts:
+                left.append(work)
+        return left
+
+    def _work(self) -> list[tuple[Path, Path]]:
+        """Return (artefact, its working directory or draft)."""
+        downloads = [(Path(*w.parts[1:]), w) for kind in ("models", "datasets")
+                     for w in self.root.glob(f"work/{kind}/*/*")]  # fmt: skip
+        states = [
+            (Path("store", *w.parts[1:]), w) for stage in STAGES for w in self.root.glob(f"work/{stage}/*")
         ]
+        drafts = [(p.parent / p.name[1:].removesuffix(".partial"), p) for place in PLACES
+                  for p in self.root.glob(place.removesuffix("*") + ".*.partial")]  # fmt: skip
+        return sorted(downloads + states + drafts)
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove directories."""
@@ -151,6 +168,8 @@ class Volume:
 
 def _copy(source: Path, artefact: Artefact) -> None:
     """Publish `source` again under the name of `artefact`, on the same disk blocks where possible."""
+    if wrong := store.check(source):
+        raise UserError(f"{source} is damaged and cannot be adopted: {'; '.join(wrong)}")
     old = store.read_provenance(source)
     record = {
         **artefact.spec, **{k: old[k] for k in ("metrics",) if k in old},

@@ -43,7 +43,7 @@ def files(path: Path) -> dict[str, bytes]:
 def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path):
     published = smoke.artefact(f"smoke/{RESULT[stage]}")
     process = start(smoke, stage, published, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "work").glob("step-*")) and time.monotonic() < deadline:
         assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path)
     process.wait()
     assert not (tmp_path / "again").exists()
     assert list((tmp_path / "work").glob("step-*"))
-    assert start(smoke, stage, published, tmp_path).wait(timeout=120) == 0
+    assert start(smoke, stage, published, tmp_path).wait(timeout=600) == 0
     assert "resumed after step" in (tmp_path / "log").read_text()
     ours, theirs = files(tmp_path / "again"), files(published)
     assert ours.keys() == theirs.keys()
@@ -60,12 +60,12 @@ def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path)
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(smoke, tmp_path):
     published = smoke.artefact("smoke/reward/model")
-    assert start(smoke, "reward", published, tmp_path).wait(timeout=120) == 0
+    assert start(smoke, "reward", published, tmp_path).wait(timeout=600) == 0
     newest = sorted((tmp_path / "work").glob("step-*"))[-1]
     damaged = next((newest / "model").rglob("*.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (tmp_path / "again").rename(tmp_path / "first")
-    assert start(smoke, "reward", published, tmp_path).wait(timeout=120) == 0
+    assert start(smoke, "reward", published, tmp_path).wait(timeout=600) == 0
     assert "is damaged and not used" in (tmp_path / "log").read_text()
     assert files(tmp_path / "again") == files(tmp_path / "first")
 
@@ -77,7 +77,7 @@ def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
         assert first.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)
-    assert start(smoke, "sft", published, tmp_path).wait(timeout=120) == 2
+    assert start(smoke, "sft", published, tmp_path).wait(timeout=600) == 2
     assert "trains the same artefact" in (tmp_path / "log").read_text()
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

@@ -163,7 +163,7 @@ def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke
     assert smoke.artefact("smoke/rlhf/actor") == old
 
 
-def wait_for(found, seconds=90):
+def wait_for(found, seconds=600):
     """Return what `found` gives once it gives something."""
     end = time.monotonic() + seconds
     while not (value := found()):

@@ -125,7 +125,29 @@ def test_the_origin_is_the_layer_that_wrote_the_value():
 def test_the_origin_of_a_bad_default_is_defaults():
     tree = written(a={})
     tree["defaults"]["seed"] = -3
-    assert mistakes(tree)[0].startswith("a: seed = -3 (from defaults): ")
+    assert mistakes(tree)[0].startswith("every scenario: seed = -3 (from defaults): ")
+
+
+def test_checks_of_several_fields_are_told_beside_mistakes_of_one():
+    told = mistakes(written(a={"seed": -1, "rlhf": {"kl_coef": -1, "mini_batches": 3, "epochs": 2}}))
+    text = "\n".join(told)
+    assert len(told) == 3
+    assert "seed = -1" in text
+    assert "kl_coef = -1" in text
+    assert "give either epochs or iterations" in text
+    assert "is not a multiple of mini_batches 3" in text
+
+
+def test_what_all_scenarios_inherit_is_told_once():
+    tree = written(a={}, b={})
+    tree["defaults"]["seed"] = -3
+    assert len(mistakes(tree)) == 1
+
+
+def test_a_text_that_is_longer_than_a_built_in_models_positions_is_told():
+    assert "rlhf.max_prompt_tokens + max_new_tokens = 274 is more than the 256 positions" in the_mistake(
+        a={"rlhf": {"max_prompt_tokens": 250}, "eval": {"max_new_tokens": 2}}
+    )
 
 
 def test_a_value_that_is_missing_everywhere_is_named_with_its_meaning():
