@@ -9,7 +9,7 @@ rule sft:
         "benchmarks/sft/{name}.tsv"
     conda:
         "../envs/training.yaml"
-    threads: run_value("store/sft/{name}", "threads")
+    threads: run_value("store/sft/{name}", "cores")
     resources:
         mem_mb=run_value("store/sft/{name}", "mem_mb"),
         runtime=run_value("store/sft/{name}", "runtime"),
@@ -40,7 +40,7 @@ rule reward:
         "benchmarks/reward/{name}.tsv"
     conda:
         "../envs/training.yaml"
-    threads: run_value("store/reward/{name}", "threads")
+    threads: run_value("store/reward/{name}", "cores")
     resources:
         mem_mb=run_value("store/reward/{name}", "mem_mb"),
         runtime=run_value("store/reward/{name}", "runtime"),
@@ -71,7 +71,7 @@ rule rlhf:
         "benchmarks/rlhf/{name}.tsv"
     conda:
         "../envs/training.yaml"
-    threads: run_value("store/rlhf/{name}", "threads")
+    threads: run_value("store/rlhf/{name}", "cores")
     resources:
         mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
         runtime=run_value("store/rlhf/{name}", "runtime"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf import comparison, engine, jsonl, models, stage, store
+from rlhf import comparison, engine, jsonl, models, parallel, stage, store
 from rlhf.config import Eval
 from rlhf.errors import run_main
 from rlhf.templates import load_tokenizer
@@ -12,8 +12,8 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run.threads)
-    config, where = Eval.model_validate(args.spec["config"]), engine.device()
+    engine.start(args.run)
+    config, where = Eval.model_validate(args.spec["config"]), parallel.device()
     paths = {
         "actor": args.parents["rlhf"] / "actor",
         "reference": args.parents["sft"] / "model",

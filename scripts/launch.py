@@ -2,7 +2,8 @@
 
 The one place that knows torchrun and the environment variables of nodes. Where a launcher has set
 LOCAL_RANK already the script is simply run. Rank 0's output goes to the terminal and to `--log`;
-with several processes every other rank's goes to a file beside it.
+with several processes every other rank's goes to a file below `{log}.ranks`. On nodes but the first
+the log's name ends in the node's number.
 
     python scripts/launch.py --processes 2 --log logs/x.log scripts/train_sft.py --spec ...
 """
@@ -24,7 +25,7 @@ BAR_SECONDS = 10.0  # a progress bar leaves one line in the log per so many seco
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--processes", type=int, default=1, help="processes on this node")
+    parser.add_argument("--processes", type=int, default=1, help="processes of all nodes together")
     parser.add_argument("--log", type=Path, required=True, help="where rank 0's output goes")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -32,14 +33,17 @@ def main() -> None:
     program = [args.script, *args.arguments]
     if "LOCAL_RANK" in os.environ:
         os.execv(sys.executable, [sys.executable, *program])
-    nodes = int(os.environ.get("NNODES", "1"))
-    if nodes * args.processes == 1:
+    nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
+    if args.processes % nodes:
+        sys.exit(f"error: {args.processes} processes cannot be shared out evenly over NNODES={nodes} nodes")
+    log = args.log.with_name(f"{args.log.name}.node-{node}") if node else args.log
+    if args.processes == 1:
         command = [sys.executable, *program]
         environment = _single_process()
     else:
-        command = [*_torchrun(nodes, args.processes, args.log), *program]
-        environment = {}
-    sys.exit(_run(command, {**os.environ, **environment}, args.log))
+        command = [*_torchrun(nodes, node, args.processes // nodes, log), *program]
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # torchrun warns else
+    sys.exit(_run(command, {**os.environ, **environment}, log))
 
 
 def _single_process() -> dict[str, str]:
@@ -54,15 +58,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _torchrun(nodes: int, processes: int, log: Path) -> list[str]:
-    """Return torchrun's command line; every rank's output also lies in `{log}.ranks`."""
-    where = ["--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1")]
+def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
+    """Return torchrun's command line: the first process of a node prints, the others write files."""
     port = os.environ.get("MASTER_PORT") or (str(_free_port()) if nodes == 1 else "29500")
+    quiet = ",".join(f"{rank}:3" for rank in range(1, processes))
     return [
         sys.executable, "-m", "torch.distributed.run",
-        "--nnodes", str(nodes), "--node-rank", os.environ.get("NODE_RANK", "0"),
-        *where, "--master-port", port, "--nproc-per-node", str(processes),
-        "--log-dir", f"{log}.ranks", "--redirects", "3", "--tee", "0:3",
+        "--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(processes),
+        "--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1"), "--master-port", port,
+        "--log-dir", f"{log}.ranks", *(["--redirects", quiet] if quiet else []),
     ]  # fmt: skip
 
 

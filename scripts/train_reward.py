@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf import card, engine, models, reward, stage, supervised
+from rlhf import card, engine, models, parallel, reward, stage, supervised
 from rlhf.config import Reward
 from rlhf.errors import run_main
 from rlhf.templates import load_tokenizer
@@ -10,20 +10,22 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run.threads)
+    engine.start(args.run)
     config, seed = stage.settings(Reward, args), args.spec["config"]["seed"]
     tokenizer = load_tokenizer(args.parents["model"])
     dtype = engine.DTYPES[config.dtype]
-    model = models.new_scorer(args.parents["model"], dtype, tokenizer.pad_token_id, seed)
+    with engine.loading(args.parents["model"], config.dtype, args.run.zero_stage):
+        model = models.new_scorer(args.parents["model"], dtype, tokenizer.pad_token_id, seed)
     measured, metrics = supervised.train(
-        reward.task(tokenizer.pad_token_id), model, config, args.run, seed,
+        reward.task(tokenizer.pad_token_id), model, config, seed,
         args.parents["data"], args.work, args.board,
     )  # fmt: skip
     with stage.publish(args) as draft:
         kind = "AutoModelForSequenceClassification"
         draft.provenance["metrics"] = measured
         models.save(model, tokenizer, draft.path / "model")
-        card.write(draft.path / "model", "Reward model", args.spec, measured, kind)
+        if parallel.rank() == 0:
+            card.write(draft.path / "model", "Reward model", args.spec, measured, kind)
         metrics.finish(draft.path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf import card, engine, models, sft, stage, supervised
+from rlhf import card, engine, models, parallel, sft, stage, supervised
 from rlhf.config import Sft
 from rlhf.errors import run_main
 from rlhf.templates import load_tokenizer
@@ -10,18 +10,20 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run.threads)
+    engine.start(args.run)
     config, seed = stage.settings(Sft, args), args.spec["config"]["seed"]
     tokenizer = load_tokenizer(args.parents["model"])
-    model = models.load_actor(args.parents["model"], engine.DTYPES[config.dtype])
+    with engine.loading(args.parents["model"], config.dtype, args.run.zero_stage):
+        model = models.load_actor(args.parents["model"], engine.DTYPES[config.dtype])
     measured, metrics = supervised.train(
-        sft.task(tokenizer.pad_token_id), model, config, args.run, seed,
+        sft.task(tokenizer.pad_token_id), model, config, seed,
         args.parents["data"], args.work, args.board,
     )  # fmt: skip
     with stage.publish(args) as draft:
         draft.provenance["metrics"] = measured
         models.save(model, tokenizer, draft.path / "model")
-        card.write(draft.path / "model", "SFT actor", args.spec, measured, "AutoModelForCausalLM")
+        if parallel.rank() == 0:
+            card.write(draft.path / "model", "SFT actor", args.spec, measured, "AutoModelForCausalLM")
         metrics.finish(draft.path)
 
 

@@ -166,13 +166,30 @@ class Optimizer(Section):
 class Run(Section):
     """How a stage runs. Nothing here changes what it makes, but for rounding."""
 
-    processes: Int = Field(ge=1, le=1, description="processes; more than one is not supported yet")
+    processes: Int = Field(ge=1, description="processes of all nodes together, one per GPU")
+    zero_stage: Int = Field(ge=0, le=3, description="DeepSpeed's: what the processes share out, 0 nothing")
     micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
     threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
     save_steps: Int = Field(ge=1, description="steps between saved training states")
     log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     runtime: Int = Field(ge=1, description="limit in minutes")
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that its processes keep busy."""
+        return self.processes * self.threads
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """What a saved training state depends on: it holds shards."""
+        return {"processes": self.processes, "zero_stage": self.zero_stage}
+
+
+class RlhfRun(Run):
+    """How step 3 runs."""
+
+    generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
 
 
 class Data(Section):
@@ -256,7 +273,7 @@ class Rlhf(Section):
     dtype: Literal["bf16", "fp32"] = Field(description="of weights and activations")
     actor: Optimizer
     critic: Optimizer
-    run: Run
+    run: RlhfRun
 
     @model_validator(mode="after")
     def _lengths(self) -> Rlhf:

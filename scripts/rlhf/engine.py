@@ -4,29 +4,63 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.integrations import HfDeepSpeedConfig
 
+from rlhf import parallel
 from rlhf.batch import BatchPlan
-from rlhf.config import Optimizer
-from rlhf.ds_config import ds_config
+from rlhf.config import Optimizer, Run
+from rlhf.ds_config import ds_config, frozen_config
+from rlhf.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def start(threads: int) -> None:
-    """Join the other processes; fix what decides the last bits. `launch.py` set the ranks."""
-    torch.set_num_threads(threads)
+class Root(nn.Module):
+    """A model whose computations all go through one `forward`, where DeepSpeed has its hooks.
+
+    `root(compute, *arguments)` gives `compute(model, *arguments)`; so does an engine around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        return compute(self.model, *arguments)
+
+
+def bare(rooted: Any) -> Any:
+    """Return the Hugging Face model inside a `Root` or an engine."""
+    return rooted.module.model if isinstance(rooted, deepspeed.DeepSpeedEngine) else rooted.model
+
+
+def start(run: Run) -> None:
+    """Join the other processes; fix what decides the last bits. `launch.py` set the ranks.
+
+    Raises:
+        UserError: there are more or fewer processes than the configuration says.
+    """
+    torch.set_num_threads(run.threads)
     if get_accelerator().device_name() == "cpu":
         _without_compiler()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
+    if parallel.world_size() != run.processes:
+        raise UserError(
+            f"run.processes = {run.processes}, but {parallel.world_size()} processes were started:"
+            f" start it with scripts/launch.py --processes {run.processes}, on every node of NNODES"
+        )
 
 
 def _without_compiler() -> None:
@@ -35,13 +69,22 @@ def _without_compiler() -> None:
     deepspeed.ops.__compatible_ops__[name] = False
 
 
-def device() -> torch.device:
-    """Return this process's device."""
-    return torch.device(get_accelerator().current_device_name())
+@contextmanager
+def loading(path: Path, dtype: str, zero_stage: int) -> Iterator[None]:
+    """Load models within this: under ZeRO-3 every process keeps its shard only, as weights come in."""
+    hidden = AutoConfig.from_pretrained(path).hidden_size
+    # transformers looks at this object while it is alive.
+    sharding = HfDeepSpeedConfig(frozen_config(dtype, 3, hidden)) if zero_stage == 3 else None
+    try:
+        yield
+    finally:
+        del sharding
 
 
-def initialise(model: nn.Module, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int) -> Any:
-    """Return a DeepSpeed engine around `model`.
+def initialise(
+    model: nn.Module, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int, run: Run
+) -> Any:
+    """Return a DeepSpeed engine around `Root(model)`.
 
     Args:
         steps: optimizer steps of the whole training, which the schedule spans.
@@ -52,9 +95,21 @@ def initialise(model: nn.Module, optimizer: Optimizer, batch: BatchPlan, dtype: 
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(optimizer, step, steps))
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=adamw, lr_scheduler=schedule,
-        config=ds_config(batch, dtype, optimizer.max_grad_norm),
+        model=Root(model), optimizer=adamw, lr_scheduler=schedule,
+        config=ds_config(batch, dtype, optimizer.max_grad_norm, run, model.config.hidden_size),
     )  # fmt: skip
+    return engine
+
+
+def frozen(model: Any, dtype: str, zero_stage: int) -> Any:
+    """Return a model that only computes: sharded over the processes under ZeRO-3, else on each one."""
+    root = Root(model.eval().requires_grad_(False))
+    if zero_stage < 3:
+        return root.to(parallel.device())
+    engine, *_ = deepspeed.initialize(
+        model=root, config=frozen_config(dtype, zero_stage, model.config.hidden_size)
+    )
+    engine.eval()
     return engine
 
 
@@ -62,9 +117,14 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay matrices only: neither biases nor norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Return how many dimensions a parameter has when it is whole: under ZeRO-3 its shards are flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
@@ -79,10 +139,11 @@ def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
 
 
 def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
-    """Do one optimizer step over the micro-batches' losses; return the gradient norm.
+    """Do one optimizer step over the losses of this process's micro-batches; return the gradient norm.
 
     Each loss is its micro-batch's part of the mean over the whole batch: parts add up, so that any
-    number of micro-batches gives one gradient. DeepSpeed averages over processes; we undo that.
+    number of micro-batches and processes gives one gradient. DeepSpeed averages over processes; we
+    undo that.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite. No batch is skipped.
@@ -92,7 +153,8 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {engine.global_steps}")
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
-        norm = _gradient_norm(engine.module)
+        if engine.zero_optimization_stage() == 0:
+            norm = _gradient_norm(engine.module)
         engine.step()
     norm = float(engine.get_global_grad_norm() or norm)
     if not math.isfinite(norm):

@@ -16,17 +16,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
-from rlhf import jsonl
+from rlhf import jsonl, parallel
 
 Values = dict[str, float]
 
 
 class Metrics:
-    """Writes the metrics of a training, from rank 0."""
+    """Writes the metrics of a training, from rank 0; in other processes it does nothing."""
 
     def __init__(self, work: Path, tensorboard: Path, done: int) -> None:
         """Continue after step `done`: what was written for later steps is dropped."""
         self.path = work / "metrics.jsonl"
+        self._silent = parallel.rank() > 0
+        if self._silent:
+            return
         kept = [line for line in jsonl.read(self.path) if line["step"] <= done] if done else []
         jsonl.write(self.path, kept)
         self._board = SummaryWriter(str(tensorboard), purge_step=done + 1)
@@ -34,6 +37,8 @@ class Metrics:
 
     def log(self, step: int, values: Values) -> None:
         """Record the metrics of a step."""
+        if self._silent:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(jsonl.line({"step": step, **{k: significant(v) for k, v in values.items()}}))
         now = time.monotonic()
@@ -43,6 +48,8 @@ class Metrics:
 
     def finish(self, out: Path) -> None:
         """Copy the metrics and draw their curves into an artefact."""
+        if self._silent:
+            return
         self._board.close()
         (out / "metrics.jsonl").write_bytes(self.path.read_bytes())
         draw(self.path, out / "curves.png")

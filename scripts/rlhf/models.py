@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf import parallel, sharding
 from rlhf.errors import DataError
 from rlhf.tokens import Padded
 
@@ -56,8 +57,8 @@ def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTra
         allowed={"score.weight", "lm_head.weight"}, num_labels=1, pad_token_id=pad_id,
     )  # fmt: skip
     head: Tensor = model.score.weight
-    noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
+    with sharding.whole([head], changed=True), torch.no_grad():
+        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
         head.copy_(noise / (head.shape[1] + 1) ** 0.5)
     return model
 
@@ -93,6 +94,11 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
+def response_logprobs(model: Any, batch: Padded, length: int, temperature: float) -> Tensor:
+    """Return (B, A) float32: log-probability of each of the last `length` tokens."""
+    return token_logprobs(response_logits(model, batch, length, temperature), batch.ids[:, -length:])
+
+
 def masked_logprobs(model: Any, batch: Padded, labels: Tensor) -> Tensor:
     """Return (N,) float32: log-probability of each of the N tokens where `labels` (B, T) is True.
 
@@ -116,15 +122,34 @@ def scores(model: Any, batch: Padded) -> Tensor:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Write a plain Hugging Face directory: safetensors, whole tokenizer, generation settings."""
+    """Write a plain Hugging Face directory: safetensors, whole tokenizer, generation settings.
+
+    All processes call it, rank 0 writes. A model that ZeRO-3 holds is written a file at a time.
+    """
     model.config.pad_token_id = tokenizer.pad_token_id
-    if hasattr(model, "lm_head"):
+    if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0,
         )  # fmt: skip
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    if parallel.rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(path)
+    if not sharding.is_sharded(model):
+        if parallel.rank() == 0:
+            model.save_pretrained(path)
+        return
+    if parallel.rank() == 0:
+        _save_settings(model, path)
+    sharding.write_shards(model, path)
+
+
+def _save_settings(model: PreTrainedModel, path: Path) -> None:
+    """Write what `save_pretrained` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    if model.can_generate():
+        model.generation_config.save_pretrained(path)
 
 
 @contextmanager

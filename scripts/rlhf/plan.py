@@ -116,7 +116,7 @@ class _Builder:
             "eval",
             s.eval.model_dump(mode="json"),
             {**both, "rlhf": rlhf, "data": prompts},
-            s.rlhf.run,
+            s.rlhf.run.model_copy(update={"processes": 1, "zero_stage": 0}),
             f"replies of {s.actor.model} before and after RLHF",
         )
         return {

@@ -7,6 +7,7 @@ Letters: B rollout batch, A tokens of a response. All means are over tokens of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ from torch import Tensor
 
 from rlhf import engine, jsonl, order, ppo_math, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
-from rlhf.config import Rlhf, Run
+from rlhf.config import Rlhf
 from rlhf.errors import DataError
 from rlhf.generation import Sampling
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import response_logits, token_logprobs, token_values
+from rlhf.parallel import own, rank, total
 from rlhf.progress import progress
 from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
 from rlhf.state import State
-from rlhf.tokens import Padded
 
 
 @dataclass(frozen=True)
@@ -46,41 +47,34 @@ class Controller:
 
 
 def train(
-    models: Models, config: Rlhf, run: Run, sampling: Sampling, seed: int,
-    data: Path, work: Path, board: Path,
-) -> tuple[Values, Metrics]:  # fmt: skip
-    """Train `models.actor` and `models.critic` in place, from the newest state if there is one.
+    models: Models, config: Rlhf, sampling: Sampling, seed: int, data: Path, work: Path, board: Path
+) -> tuple[Values, Metrics]:
+    """Train `models.actor` and `models.critic`, bare models, in place, from the newest state if there is one.
 
     Returns:
-        the means over the last tenth of the iterations, and the metrics of all.
+        the means over the last tenth of the iterations (rank 0), and the metrics of all.
     """
-    state = State(work, {})
+    run, prompts = config.run, Rows(data / "train")
+    state = State(work, run.cut)
     state.lock()
-    prompts = Rows(data / "train")
     iterations = rlhf_iterations(config, len(prompts))
-    batch = plan_batch(exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch"), run)
-    steps = iterations * config.ppo_epochs * config.mini_batches
-    actor = engine.initialise(models.actor, config.actor, batch, config.dtype, steps)
-    critic = engine.initialise(models.critic, config.critic, batch, config.dtype, steps)
-    state.engines |= {"actor": actor, "critic": critic}
-    models = Models(actor.module, critic.module, models.reference, models.reward)
+    models = _engines(models, config, iterations)
+    state.engines |= {"actor": models.actor, "critic": models.critic}
     found = state.load()
     done = found[0] if found else 0
-    control = Controller(**found[1]) if found else _calibrate(models, config, run, sampling, seed, prompts)
+    control = Controller(**found[1]) if found else _calibrate(models, config, sampling, seed, prompts)
     metrics = Metrics(work, board, done)
     bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
     for iteration in bar:
         # 1. Replies to the next prompts, and what all models say of them.
         first = iteration * config.rollout_batch_size
         chosen = order.stream(len(prompts), seed, first, config.rollout_batch_size)
-        made = rollout.reply(
-            models.actor, [prompts[int(i)][0] for i in chosen], sampling, seed, rollout.ROLLOUT, first
-        )
-        seen = rollout.observe(models, made, config.temperature, run.micro_batch_size)
+        asked = [prompts[int(i)][0] for i in chosen]
+        seen = rollout.roll_out(models, asked, sampling, seed, rollout.ROLLOUT, first, run)
         # 2. Rewards and advantages.
         targets, values = _targets(seen, config, control, np.random.default_rng([seed, 3, iteration]))
         # 3. Several optimizer steps on both models.
-        values |= _update(actor, critic, seen, targets, config, run, [seed, 4, iteration])
+        values |= _update(models, seen, targets, config, [seed, 4, iteration])
         # 4. Controller, metrics, state.
         if config.kl_target is not None:
             control.kl_coef = ppo_math.next_kl_coef(
@@ -91,19 +85,30 @@ def train(
         bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(control))
-    return _summary(metrics.path, iterations), metrics
+    return _summary(metrics.path, iterations) if rank() == 0 else {}, metrics
 
 
-def _calibrate(
-    models: Models, config: Rlhf, run: Run, sampling: Sampling, seed: int, prompts: Rows
-) -> Controller:
+def _engines(models: Models, config: Rlhf, iterations: int) -> Models:
+    """Return engines or roots around the four bare models."""
+    run = config.run
+    batch = plan_batch(exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch"), run)
+    steps = iterations * config.ppo_epochs * config.mini_batches
+    return Models(
+        engine.initialise(models.actor, config.actor, batch, config.dtype, steps, run),
+        engine.initialise(models.critic, config.critic, batch, config.dtype, steps, run),
+        engine.frozen(models.reference, config.dtype, run.zero_stage),
+        engine.frozen(models.reward, config.dtype, run.zero_stage),
+    )
+
+
+def _calibrate(models: Models, config: Rlhf, sampling: Sampling, seed: int, prompts: Rows) -> Controller:
     """Find the reward model's mean and sd over replies of the SFT model, which the actor still is."""
     chosen = order.stream(len(prompts), seed, 0, config.reward_samples)
     raw = []
     for part in rollout.micro_batches(config.reward_samples, config.rollout_batch_size):
         rows = [prompts[int(i)][0] for i in chosen[part]]
-        made = rollout.reply(models.actor, rows, sampling, seed, rollout.CALIBRATION, part.start)
-        raw.append(rollout.observe(models, made, config.temperature, run.micro_batch_size).scores)
+        purpose = rollout.CALIBRATION
+        raw.append(rollout.roll_out(models, rows, sampling, seed, purpose, part.start, config.run).scores)
     scores = torch.cat(raw)
     if not scores.std() > 0:
         raise DataError(f"the reward model gives every reply the same score, {float(scores[0])}")
@@ -138,30 +143,14 @@ def _targets(
     return Targets(ppo_math.whiten(advantages, mask), returns), _floats(values)
 
 
-def _update(
-    actor: Any, critic: Any, seen: Rollout, targets: Targets, config: Rlhf, run: Run, seed: list[int]
-) -> Values:
+def _update(models: Models, seen: Rollout, targets: Targets, config: Rlhf, seed: list[int]) -> Values:
     """Pass `ppo_epochs` times over a rollout in shuffled mini-batches; return mean metrics."""
     size = exact_div(len(seen.ended), config.mini_batches, "mini-batches of a rollout")
     history: list[Values] = []
     for epoch in range(config.ppo_epochs):
         shuffled = torch.from_numpy(np.random.default_rng([*seed, epoch]).permutation(len(seen.ended)))
         for part in rollout.micro_batches(len(shuffled), size):
-            rows = shuffled[part].to(seen.ended.device).split(run.micro_batch_size)
-            tokens = sum(int(seen.response_mask[r].sum()) for r in rows)
-            parts: list[Values] = []
-            rates = {"actor_learning_rate": actor.get_lr()[0]}
-            norms = {
-                "actor_grad_norm": engine.optimise(
-                    actor, (_actor_loss(actor.module, seen, targets, r, config, tokens, parts) for r in rows)
-                ),
-                "critic_grad_norm": engine.optimise(
-                    critic,
-                    (_critic_loss(critic.module, seen, targets, r, config, tokens, parts) for r in rows),
-                ),
-            }
-            sums = {name: sum(p[name] for p in parts if name in p) for p in parts for name in p}
-            history.append({**sums, **norms, **rates})
+            history.append(_step(models, seen, targets, shuffled[part].to(seen.ended.device), config))
     means = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
     return means | {
         "ratio_max": max(h["ratio_mean"] for h in history),
@@ -169,17 +158,53 @@ def _update(
     }
 
 
-def _actor_loss(
-    model: Any, seen: Rollout, targets: Targets, rows: Tensor, config: Rlhf, tokens: int,
-    parts: list[Values],
-) -> Tensor:  # fmt: skip
-    """Return a micro-batch's part of the policy loss; add its part of the metrics to `parts`."""
-    batch, mask = Padded(seen.batch.ids[rows], seen.batch.mask[rows]), seen.response_mask[rows]
-    length = mask.shape[1]
-    logits = response_logits(model, batch, length, config.temperature)
-    logratio = (token_logprobs(logits, batch.ids[:, -length:]) - seen.old_logprobs[rows]) * mask
-    losses = ppo_math.policy_loss(logratio, targets.advantages[rows], config.clip_range)
-    loss = (losses * mask).sum() / tokens
+def _step(models: Models, seen: Rollout, targets: Targets, chosen: Tensor, config: Rlhf) -> Values:
+    """Do one optimizer step on both models over a mini-batch; return its metrics.
+
+    Replies of like length share a micro-batch, and processes share micro-batches. What is divided by
+    are the tokens of the whole mini-batch, so that neither changes the gradient.
+    """
+    lengths = seen.batch.mask.sum(-1)[chosen]
+    grouped = chosen[lengths.argsort(stable=True)].split(config.run.micro_batch_size)
+    tokens = int(seen.response_mask[chosen].sum())
+    parts = [_part(seen, targets, rows, tokens) for rows in own(grouped)]
+    mine: list[Values] = []
+    rates = {"actor_learning_rate": models.actor.get_lr()[0]}
+    # Bound, not handed over: ZeRO-3's hooks copy lists among a forward's arguments.
+    actor_losses = (models.actor(partial(_actor_loss, part=p, config=config, metrics=mine)) for p in parts)
+    critic_losses = (models.critic(partial(_critic_loss, part=p, config=config, metrics=mine)) for p in parts)
+    norms = {
+        "actor_grad_norm": engine.optimise(models.actor, actor_losses),
+        "critic_grad_norm": engine.optimise(models.critic, critic_losses),
+    }
+    names = dict.fromkeys(name for values in mine for name in values)
+    sums = total({name: sum(values.get(name, 0.0) for values in mine) for name in names})
+    return {**sums, **norms, **rates}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of a mini-batch with `tokens` tokens of responses."""
+
+    seen: Rollout
+    targets: Targets
+    tokens: int
+
+
+def _part(seen: Rollout, targets: Targets, rows: Tensor, tokens: int) -> Part:
+    picked = seen.rows(rows)
+    length = picked.response_mask.shape[1]
+    theirs = Targets(targets.advantages[rows, :length], targets.returns[rows, :length])
+    return Part(picked, theirs, tokens)
+
+
+def _actor_loss(model: Any, part: Part, config: Rlhf, metrics: list[Values]) -> Tensor:
+    """Return a micro-batch's part of the policy loss; add its part of the metrics to `metrics`."""
+    seen, mask = part.seen, part.seen.response_mask
+    logits = response_logits(model, seen.batch, mask.shape[1], config.temperature)
+    logprobs = token_logprobs(logits, seen.batch.ids[:, -mask.shape[1] :])
+    logratio = (logprobs - seen.old_logprobs) * mask
+    losses = ppo_math.policy_loss(logratio, part.targets.advantages, config.clip_range)
     with torch.no_grad():
         ratio = logratio.exp()
         per_token = {
@@ -190,23 +215,20 @@ def _actor_loss(
             "ratio_variance": (ratio - 1) ** 2,
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).float(),
         }
-        parts.append({name: float((x * mask).sum() / tokens) for name, x in per_token.items()})
-    return loss
+        metrics.append({name: float((x * mask).sum() / part.tokens) for name, x in per_token.items()})
+    return (losses * mask).sum() / part.tokens
 
 
-def _critic_loss(
-    model: Any, seen: Rollout, targets: Targets, rows: Tensor, config: Rlhf, tokens: int,
-    parts: list[Values],
-) -> Tensor:  # fmt: skip
-    """Return a micro-batch's part of the value loss; add its part of the metrics to `parts`."""
-    batch, mask = Padded(seen.batch.ids[rows], seen.batch.mask[rows]), seen.response_mask[rows]
-    values = token_values(model, batch)[:, -mask.shape[1] - 1 : -1]
-    losses = ppo_math.value_loss(values, seen.values[rows], targets.returns[rows], config.value_clip_range)
-    loss = (losses * mask).sum() / tokens
-    outside = (values - seen.values[rows]).abs() > config.value_clip_range
-    parts.append({
+def _critic_loss(model: Any, part: Part, config: Rlhf, metrics: list[Values]) -> Tensor:
+    """Return a micro-batch's part of the value loss; add its part of the metrics to `metrics`."""
+    seen, mask = part.seen, part.seen.response_mask
+    values = token_values(model, seen.batch)[:, -mask.shape[1] - 1 : -1]
+    losses = ppo_math.value_loss(values, seen.values, part.targets.returns, config.value_clip_range)
+    loss = (losses * mask).sum() / part.tokens
+    outside = (values - seen.values).abs() > config.value_clip_range
+    metrics.append({
         "value_loss": float(loss.detach()),
-        "value_clip_fraction": float((outside * mask).sum() / tokens),
+        "value_clip_fraction": float((outside * mask).sum() / part.tokens),
     })  # fmt: skip
     return loss
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from rlhf.metrics import Values
 from rlhf.models import scores
-from rlhf.supervised import Batch, Task, in_batches, on_device
+from rlhf.supervised import Batch, Task, on_device
 from rlhf.tokens import pad
+
+SUMS = ("accuracy", "loss", "margin", "pairs")
 
 
 def task(pad_id: int) -> Task:
     """Return what step 2 learns."""
-    return Task(len, partial(_loss, pad_id=pad_id), partial(_evaluate, pad_id=pad_id))
+    return Task(len, partial(_loss, pad_id=pad_id), SUMS, partial(_measure, pad_id=pad_id), _figures)
 
 
 def _pair_scores(model: Any, rows: Batch, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -36,12 +38,12 @@ def _loss(model: Any, rows: Batch, pad_id: int) -> Tensor:
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-def _evaluate(model: Any, rows: Batch, pad_id: int) -> Values:
-    pairs = [_pair_scores(model, batch, pad_id) for batch in in_batches(rows)]
-    margins = torch.cat([chosen - rejected for chosen, rejected in pairs])
-    return {
-        "eval_accuracy": float((margins > 0).float().mean()),
-        "eval_loss": float(-F.logsigmoid(margins).mean()),
-        "eval_margin": float(margins.mean()),
-        "eval_rows": len(rows),
-    }
+def _measure(model: Any, rows: Batch, pad_id: int) -> Values:
+    chosen, rejected = _pair_scores(model, rows, pad_id)
+    margins = chosen - rejected
+    found = (margins > 0, -F.logsigmoid(margins), margins, torch.ones_like(margins))
+    return {name: float(x.double().sum()) for name, x in zip(SUMS, found, strict=True)}
+
+
+def _figures(sums: Values) -> Values:
+    return {f"eval_{name}": sums[name] / sums["pairs"] for name in SUMS[:3]}

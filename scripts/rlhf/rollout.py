@@ -6,15 +6,20 @@ Letters: B batch, P tokens of a prompt, A of a response.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.engine import device
+from rlhf import parallel
+from rlhf.batch import exact_div
+from rlhf.config import RlhfRun
+from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling, generate, uniforms
-from rlhf.models import evaluating, response_logits, scores, token_logprobs, token_values
+from rlhf.models import evaluating, response_logprobs, scores, token_values
+from rlhf.sharding import generator
 from rlhf.tokens import Ids, Padded, pad
 
 ROLLOUT, CALIBRATION, EVALUATION = 1, 2, 3  # purposes: each has its own stream of noise
@@ -32,10 +37,32 @@ class Rollout:
     values: Tensor  # (B, A) the critic's value of the state before each token
     scores: Tensor  # (B,) the reward model's raw score
 
+    def rows(self, chosen: Tensor) -> Rollout:
+        """Return some replies, as narrow as the longest prompt and the longest reply among them."""
+        picked = Rollout(
+            Padded(self.batch.ids[chosen], self.batch.mask[chosen]),
+            *(getattr(self, f.name)[chosen] for f in fields(self) if f.name != "batch"),
+        )
+        prompts = picked.batch.mask.shape[1] - picked.response_mask.shape[1]
+        left = prompts - int(picked.batch.mask[:, :prompts].sum(-1).max())
+        right = picked.response_mask.shape[1] - int(picked.response_mask.sum(-1).max())
+        return picked.resized(-left, -right)
+
+    def resized(self, left: int, right: int, pad_id: int = 0) -> Rollout:
+        """Return the same with more padding on both sides, or less where a number is negative."""
+        ids = F.pad(self.batch.ids, (left, right), value=pad_id)
+        per_token = {
+            f.name: F.pad(getattr(self, f.name), (0, right)) for f in fields(self) if f.name in PER_TOKEN
+        }
+        return replace(self, batch=Padded(ids, F.pad(self.batch.mask, (left, right))), **per_token)
+
+
+PER_TOKEN = ("response_mask", "old_logprobs", "ref_logprobs", "values")
+
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of step 3, bare."""
+    """The four models of step 3: engines or `engine.Root`s."""
 
     actor: Any
     critic: Any
@@ -46,10 +73,30 @@ class Models:
 def reply(
     actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int
 ) -> Generated:
-    """Sample one reply to each prompt; sample numbers count on from `first`."""
-    batch = pad(prompts, sampling.pad_id, side="left").to(device())
+    """Sample one reply of a bare model to each prompt; sample numbers count on from `first`."""
+    batch = pad(prompts, sampling.pad_id, side="left").to(parallel.device())
     numbers = range(first, first + len(prompts))
     return generate(actor, batch, sampling, uniforms(seed, purpose, numbers, sampling.max_new_tokens))
+
+
+def roll_out(
+    models: Models, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int,
+    run: RlhfRun,
+) -> Rollout:  # fmt: skip
+    """Return the rollout over `prompts`, the whole of it in every process; each samples a part.
+
+    A reply depends on its sample number, not on the process that draws it.
+    """
+    share = exact_div(len(prompts), parallel.world_size(), "prompts over processes")
+    mine = slice(parallel.rank() * share, (parallel.rank() + 1) * share)
+    actor = generator(bare(models.actor))
+    made = [
+        reply(actor, prompts[mine][part], sampling, seed, purpose, first + mine.start + part.start)
+        for part in micro_batches(share, run.generation_batch_size)
+    ]
+    del actor
+    seen = [observe(models, part, sampling.temperature, run.micro_batch_size) for part in made]
+    return _joined(seen, sampling.pad_id)
 
 
 def observe(models: Models, made: Generated, temperature: float, micro_batch_size: int) -> Rollout:
@@ -59,13 +106,27 @@ def observe(models: Models, made: Generated, temperature: float, micro_batch_siz
     with evaluating(models.actor), evaluating(models.critic):
         for part in micro_batches(len(made.ended), micro_batch_size):
             batch = Padded(made.batch.ids[part], made.batch.mask[part])
-            tokens = made.responses[part]
             for column, model in zip(columns, (models.actor, models.reference), strict=False):
-                logits = response_logits(model, batch, length, temperature)
-                column.append(token_logprobs(logits, tokens))
-            columns[2].append(token_values(models.critic, batch)[:, -length - 1 : -1])
-            columns[3].append(scores(models.reward, batch))
+                column.append(model(response_logprobs, batch, length, temperature))
+            columns[2].append(models.critic(token_values, batch)[:, -length - 1 : -1])
+            columns[3].append(models.reward(scores, batch))
     return Rollout(made.batch, made.response_mask, made.ended, *map(torch.cat, columns))
+
+
+def _joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Return the replies of all parts and all processes in one rollout, as wide as the widest."""
+    sizes = [(p.batch.ids.shape[1] - p.response_mask.shape[1], p.response_mask.shape[1]) for p in parts]
+    prompts, length = parallel.most([max(n) for n in zip(*sizes, strict=True)])
+    wide = [p.resized(prompts - own, length - a, pad_id) for p, (own, a) in zip(parts, sizes, strict=True)]
+
+    def column(name: str) -> Tensor:
+        return parallel.rows(torch.cat([getattr(p, name) for p in wide]))
+
+    batch = Padded(
+        parallel.rows(torch.cat([p.batch.ids for p in wide])),
+        parallel.rows(torch.cat([p.batch.mask for p in wide])),
+    )
+    return Rollout(batch, *(column(f.name) for f in fields(Rollout) if f.name != "batch"))
 
 
 def micro_batches(size: int, part: int) -> Iterator[slice]:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from rlhf.metrics import Values
 from rlhf.models import masked_logprobs
-from rlhf.supervised import Batch, Task, in_batches, on_device
+from rlhf.supervised import Batch, Task, on_device
 from rlhf.tokens import pad, response_labels
 
 
 def task(pad_id: int) -> Task:
     """Return what step 1 learns."""
-    return Task(_tokens, partial(_loss, pad_id=pad_id), partial(_evaluate, pad_id=pad_id))
+    return Task(
+        _tokens, partial(_loss, pad_id=pad_id), ("loss", "tokens"), partial(_measure, pad_id=pad_id), _figures
+    )
 
 
 def _tokens(rows: Batch) -> int:
@@ -31,7 +33,10 @@ def _loss(model: Any, rows: Batch, pad_id: int) -> Tensor:
     return -masked_logprobs(model, batch, labels).sum()
 
 
-def _evaluate(model: Any, rows: Batch, pad_id: int) -> Values:
-    total = sum(_loss(model, batch, pad_id).item() for batch in in_batches(rows))
-    loss = total / _tokens(rows)
-    return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_rows": len(rows)}
+def _measure(model: Any, rows: Batch, pad_id: int) -> Values:
+    return {"loss": _loss(model, rows, pad_id).item(), "tokens": _tokens(rows)}
+
+
+def _figures(sums: Values) -> Values:
+    loss = sums["loss"] / sums["tokens"]
+    return {"eval_loss": loss, "eval_perplexity": math.exp(loss)}

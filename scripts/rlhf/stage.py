@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import store
-from rlhf.config import Run, Section
+from rlhf.config import RlhfRun, Run, Section
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -31,7 +31,7 @@ class Arguments:
     output: Path
     work: Path
     board: Path
-    run: Run
+    run: Any
     started: float
 
     @property
@@ -52,10 +52,12 @@ def arguments(description: str | None) -> Arguments:
     parser.add_argument("--output", type=Path, required=True, help="the artefact's directory")
     parser.add_argument("--work", type=Path, help="directory for the state of a training")
     parser.add_argument("--board", type=Path, help="directory for TensorBoard's files")
-    parser.add_argument("--run", type=Run.model_validate_json, help="how it is run, JSON")
+    parser.add_argument("--run", type=json.loads, help="how it is run, JSON")
     args = parser.parse_args()
     store.refuse_existing(args.output)
-    return Arguments(args.spec, args.output, args.work, args.board, args.run, started)
+    kind = RlhfRun if args.spec["stage"] in ("rlhf", "eval") else Run
+    run = kind.model_validate(args.run) if args.run else None
+    return Arguments(args.spec, args.output, args.work, args.board, run, started)
 
 
 def settings(kind: type[Settings], args: Arguments) -> Settings:
@@ -66,7 +68,14 @@ def settings(kind: type[Settings], args: Arguments) -> Settings:
 
 @contextmanager
 def publish(args: Arguments) -> Iterator[store.Draft]:
-    """Publish the artefact; `run.json` gets times and what the block adds."""
+    """Publish the artefact; `run.json` gets times and what the block adds.
+
+    Rank 0 publishes. Other processes run the block too, for what all must do together; what they
+    leave in their draft is dropped.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield store.Draft(args.output, {})
+        return
     with store.publish(args.output, args.spec) as draft:
         yield draft
         draft.run |= {

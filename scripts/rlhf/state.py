@@ -11,43 +11,60 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import store
+from rlhf import parallel, store
+from rlhf.errors import UserError
 from rlhf.workdir import hold
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # newest states: should the last one be damaged, there is one before it
-HASHES = "hashes.json"
+HASHES, LOOP = "hashes.json", "loop.json"
 
 
 @dataclass
 class State:
-    """The states in `work`, of engines by role."""
+    """The states in `work`, of engines by role; `cut` says over how many processes, and how."""
 
     work: Path
-    engines: dict[str, Any]
+    cut: dict[str, int]
+    engines: dict[str, Any] = field(default_factory=dict)
 
     def lock(self) -> None:
-        """Keep others from training the same artefact (see `workdir.hold`)."""
-        hold(self.work)
+        """Keep others from training the same artefact (see `workdir.hold`); rank 0 holds the lock.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if parallel.rank() == 0:
+            hold(self.work)
+        parallel.barrier()
 
     def save(self, step: int, loop: dict[str, Any]) -> None:
-        """Save everything after `step` steps; older states but the last ones go."""
+        """Save everything after `step` steps, all processes together; older states but the last ones go."""
         final = self.work / f"step-{step:06d}"
         partial = self.work / f".{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        if parallel.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        parallel.barrier()
         for role, engine in self.engines.items():
             engine.save_checkpoint(str(partial / role), tag="state")
+        parallel.barrier()
+        if parallel.rank() == 0:
+            self._finish(partial, final, {"cut": self.cut, "loop": loop})
+        parallel.barrier()
+
+    def _finish(self, partial: Path, final: Path, record: dict[str, Any]) -> None:
+        """Make a state whole: the loop's values, hashes of all files, its name."""
         save_file({"torch": torch.get_rng_state()}, partial / "rng.safetensors")
-        store.write_json(partial / "loop.json", loop)
+        store.write_json(partial / LOOP, record)
         store.write_json(partial / HASHES, store.file_hashes(partial))
         store.sync(partial)
         shutil.rmtree(final, ignore_errors=True)
@@ -56,18 +73,38 @@ class State:
             shutil.rmtree(old)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Take up the newest whole state; return its step and loop values, or None."""
+        """Take up the newest whole state; return its step and loop values, or None.
+
+        Raises:
+            UserError: it was saved by another number of processes or under another ZeRO stage.
+        """
+        path = parallel.told(self._newest() if parallel.rank() == 0 else None)
+        if path is None:
+            return None
+        record = json.loads((path / LOOP).read_text())
+        self._check_cut(path, record["cut"])
+        for role, engine in self.engines.items():
+            engine.load_checkpoint(str(path / role), tag="state")
+        torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
+        step = int(path.name.removeprefix("step-"))
+        logger.info("resumed after step %d from %s", step, path)
+        return step, record["loop"]
+
+    def _check_cut(self, path: Path, cut: dict[str, int]) -> None:
+        """A state holds shards: it fits the number of processes and the ZeRO stage that made it."""
+        if cut == self.cut:
+            return
+        was, now = (", ".join(f"{k}: {v}" for k, v in c.items()) for c in (cut, self.cut))
+        raise UserError(
+            f"{path} was saved with {was}; the configuration says {now}. Set it back to go on from"
+            f" there, or remove {self.work} to train from the beginning."
+        )
+
+    def _newest(self) -> Path | None:
         for path in self._states():
-            if not _is_whole(path):
-                logger.warning("%s is damaged and not used", path)
-                continue
-            for role, engine in self.engines.items():
-                engine.load_checkpoint(str(path / role), tag="state")
-            torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
-            loop: dict[str, Any] = json.loads((path / "loop.json").read_text())
-            step = int(path.name.removeprefix("step-"))
-            logger.info("resumed after step %d from %s", step, path)
-            return step, loop
+            if _is_whole(path):
+                return path
+            logger.warning("%s is damaged and not used", path)
         return None
 
     def _states(self) -> list[Path]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlhf import engine, order
+from rlhf import engine, order, parallel
 from rlhf.batch import plan_batch, training_steps
-from rlhf.config import Run, Training
+from rlhf.config import Training
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import evaluating
 from rlhf.progress import progress
@@ -24,30 +24,34 @@ Batch = Sequence[list[Ids]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned; models are bare.
+    """What is learned. Functions of a model get a bare one.
 
     `loss(model, rows)` is a sum over `terms(rows)` terms; their mean over a whole batch is trained.
-    `evaluate(model, rows)` measures on held-out rows.
+    `measure(model, rows)` returns sums over held-out rows, by the names in `sums`; `figures(sums)`
+    makes of all rows' sums what is told.
     """
 
     terms: Callable[[Batch], int]
     loss: Callable[[Any, Batch], Tensor]
-    evaluate: Callable[[Any, Batch], Values]
+    sums: tuple[str, ...]
+    measure: Callable[[Any, Batch], Values]
+    figures: Callable[[Values], Values]
 
 
 def train(
-    task: Task, model: Any, config: Training, run: Run, seed: int, data: Path, work: Path, board: Path
+    task: Task, model: Any, config: Training, seed: int, data: Path, work: Path, board: Path
 ) -> tuple[Values, Metrics]:
     """Train `model` in place, from the newest state in `work` if there is one.
 
     Returns:
         the last measurement on held-out rows, and the metrics of all steps.
     """
-    state = State(work, {})
+    run = config.run
+    state = State(work, run.cut)
     state.lock()
     rows, held_out = Rows(data / "train"), Rows(data / "eval")
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
-    trained = engine.initialise(model, config.optimizer, batch, config.dtype, steps)
+    trained = engine.initialise(model, config.optimizer, batch, config.dtype, steps, run)
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})
     metrics, lengths = Metrics(work, board, done), rows.tokens_per_row
@@ -61,27 +65,44 @@ def train(
             state.save(step + 1, {})
     sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
     with evaluating(trained.module):
-        measured = task.evaluate(trained.module, sample)
+        measured = measure(task, trained, sample)
     return {name: significant(value) for name, value in measured.items()}, metrics
 
 
 def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Values:
-    """Do one optimizer step; return its metrics."""
-    terms, total = task.terms(rows), 0.0
+    """Do one optimizer step over all processes; return its metrics."""
+    terms, mine = task.terms(rows), 0.0
     learning_rate = trained.get_lr()[0]
+    starts = parallel.own(range(0, len(rows), micro_batch_size))
 
-    def losses() -> Any:
-        nonlocal total
-        for start in range(0, len(rows), micro_batch_size):
-            loss = task.loss(trained.module, rows[start : start + micro_batch_size]) / terms
-            total += loss.item()
+    def losses() -> Iterator[Tensor]:
+        nonlocal mine
+        for start in starts:
+            loss = trained(task.loss, rows[start : start + micro_batch_size]) / terms
+            mine += loss.item()
             yield loss
 
     grad_norm = engine.optimise(trained, losses())
-    return {"loss": total, "grad_norm": grad_norm, "learning_rate": learning_rate}
+    return {**parallel.total({"loss": mine}), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def in_batches(rows: Batch, size: int = 64) -> Any:
+def measure(task: Task, trained: Any, rows: Batch) -> Values:
+    """Return what a model does on held-out rows. Processes share the batches.
+
+    Under ZeRO-3 every process must compute as often as the others: one that has no batch left
+    repeats the last and does not count it.
+    """
+    batches, sums = list(in_batches(rows)), dict.fromkeys(task.sums, 0.0)
+    for first in range(0, len(batches), parallel.world_size()):
+        number = first + parallel.rank()
+        counts = number < len(batches)
+        found = trained(task.measure, batches[min(number, len(batches) - 1)])
+        for name, value in found.items():
+            sums[name] += counts * value
+    return {**task.figures(parallel.total(sums)), "eval_rows": len(rows)}
+
+
+def in_batches(rows: Batch, size: int = 64) -> Iterator[Batch]:
     """Yield rows in batches of like length, for measuring."""
     ordered = sorted(rows, key=lambda row: sum(map(len, row)))
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
@@ -89,4 +110,4 @@ def in_batches(rows: Batch, size: int = 64) -> Any:
 
 def on_device(batch: Padded) -> Padded:
     """Return a batch on this process's device."""
-    return batch.to(engine.device())
+    return batch.to(parallel.device())

@@ -16,13 +16,14 @@ ENTRY = {"sft": "train_sft.py", "reward": "train_reward.py", "rlhf": "train_ppo.
 RESULT = {"sft": "sft/actor", "reward": "reward/model", "rlhf": "rlhf/actor"}
 
 
-def start(smoke, stage: str, published: Path, tmp_path: Path) -> subprocess.Popen:
-    """Start a stage's script as its rule does, writing elsewhere."""
+def start(smoke, stage: str, published: Path, tmp_path: Path, **changes: int) -> subprocess.Popen:
+    """Start a stage's script as its rule does, writing elsewhere; `changes` are of how it runs."""
     provenance = json.loads((published / "provenance.json").read_text())
     spec = {name: provenance[name] for name in ("stage", "config", "parents", "code")}
-    run = json.loads((published / "run.json").read_text())["run"]
+    run = json.loads((published / "run.json").read_text())["run"] | changes
     command = [
-        sys.executable, str(smoke.project / "scripts/launch.py"), "--log", str(tmp_path / "log"),
+        sys.executable, str(smoke.project / "scripts/launch.py"),
+        "--processes", str(run["processes"]), "--log", str(tmp_path / "log"),
         str(smoke.project / "scripts" / ENTRY[stage]), "--spec", json.dumps(spec), "--run", json.dumps(run),
         "--output", str(tmp_path / "again"), "--work", str(tmp_path / "work"), "--board", str(tmp_path / "board"),
     ]  # fmt: skip
@@ -56,6 +57,40 @@ def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path)
     ours, theirs = files(tmp_path / "again"), files(published)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_process_of_two_that_is_killed_ends_both_and_the_stage_resumes_with_the_same_bytes(smoke, tmp_path):
+    published, two = (
+        smoke.artefact("smoke/rlhf/actor"),
+        {"processes": 2, "zero_stage": 2, "micro_batch_size": 16},
+    )
+    (tmp_path / "whole").mkdir()
+    assert start(smoke, "rlhf", published, tmp_path / "whole", **two).wait(timeout=180) == 0
+    process = start(smoke, "rlhf", published, tmp_path, **two)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "work").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "work/lock").read_text().split()[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert not (tmp_path / "again").exists()
+    assert start(smoke, "rlhf", published, tmp_path, **two).wait(timeout=180) == 0
+    assert "resumed after step" in (tmp_path / "log").read_text()
+    ours, theirs = files(tmp_path / "again"), files(tmp_path / "whole/again")
+    assert ours == theirs
+
+
+def test_a_state_of_another_cut_is_refused(smoke, tmp_path):
+    published = smoke.artefact("smoke/sft/actor")
+    process = start(smoke, "sft", published, tmp_path)
+    assert process.wait(timeout=120) == 0
+    (tmp_path / "again").rename(tmp_path / "first")
+    assert start(smoke, "sft", published, tmp_path, zero_stage=2).wait(timeout=120) == 2
+    said = (tmp_path / "log").read_text()
+    assert (
+        "was saved with processes: 1, zero_stage: 0; the configuration says processes: 1, zero_stage: 2"
+        in said
+    )
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(smoke, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import models, reward, sft
+from rlhf import engine, models, reward, sft, supervised
 from rlhf.errors import DataError
 from rlhf.tokens import Padded, pad, response_labels
 
@@ -135,8 +135,8 @@ def test_swapped_replies_turn_the_margin_round(scorer, sequences):
     prompt, better, worse = sequences(4, 9, 5)
     task = reward.task(PAD)
     with torch.no_grad():
-        one = task.evaluate(scorer, [[prompt, better, worse]])
-        two = task.evaluate(scorer, [[prompt, worse, better]])
+        one = supervised.measure(task, engine.Root(scorer), [[prompt, better, worse]])
+        two = supervised.measure(task, engine.Root(scorer), [[prompt, worse, better]])
     assert one["eval_margin"] == pytest.approx(-two["eval_margin"], abs=1e-5)
     assert one["eval_accuracy"] + two["eval_accuracy"] == 1
     assert one["eval_margin"] == pytest.approx(two["eval_loss"] - one["eval_loss"], abs=1e-4)

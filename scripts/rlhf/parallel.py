@@ -1,0 +1,79 @@
+"""Processes of one training: who we are, sums over all, rows from all.
+
+Without other processes every function gives back what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def device() -> torch.device:
+    """Return this process's device."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def own(items: Sequence[Item]) -> Sequence[Item]:
+    """Return this process's items: every `world_size`-th one, so that sorted ones are spread evenly."""
+    return items[rank() :: world_size()]
+
+
+def total(values: Mapping[str, float]) -> dict[str, float]:
+    """Return each value summed over all processes, in double precision."""
+    if world_size() == 1:
+        return dict(values)
+    sums = torch.tensor(list(values.values()), dtype=torch.double, device=device())
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def most(numbers: Sequence[int]) -> list[int]:
+    """Return the largest of each number over all processes."""
+    if world_size() == 1:
+        return list(numbers)
+    found = torch.tensor(numbers, device=device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [int(n) for n in found]
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return (W * N, ...): the N rows of every process, in the order of ranks; shapes are equal."""
+    if world_size() == 1:
+        return x
+    sent = x.to(torch.uint8) if x.dtype == torch.bool else x
+    received = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(received, sent.contiguous())
+    return torch.cat(received).to(x.dtype)
+
+
+def told(value: Item) -> Item:
+    """Return rank 0's value; any small picklable one."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]

@@ -1,0 +1,119 @@
+"""What training gives does not depend on how it is cut up: over processes, ZeRO stages, micro-batches.
+
+Tolerances: losses and gradient norms of single steps agree to 1e-4 (fp32, sums in another order),
+weights after ten steps to 2e-3 in total, since Adam divides small gradients by their own size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).with_name("trainings.py"))
+trainings = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(trainings)
+
+STAGES, ZERO = ("sft", "reward", "rlhf"), (0, 1, 2, 3)
+
+
+def case(stage, zero, name="", *, again=False, **changes):
+    run = {"zero_stage": zero, **changes.pop("run", {})}
+    return {
+        "name": name or f"{stage}-{zero}", "stage": stage, "changes": {**changes, "run": run}, "again": again
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(actor_path, tmp_path_factory):
+    from rlhf import models
+
+    root = tmp_path_factory.mktemp("sources")
+    models.new_scorer(actor_path, torch.float32, trainings.PAD, seed=3).save_pretrained(root / "scorer")
+    for stage in STAGES:
+        trainings.write_rows(root / "data" / stage, stage, vocabulary=64)
+    return {"actor": actor_path, "scorer": root / "scorer", "data": root / "data"}
+
+
+@pytest.fixture(scope="module")
+def made(sources, tmp_path_factory):
+    """Return (processes, name of a case) -> directory of what it made."""
+    cases = [case(stage, zero) for stage in STAGES for zero in ZERO]
+    micro = [case(stage, 0, f"{stage}-micro", run={"micro_batch_size": 2}) for stage in STAGES]
+    resumed = [{**c, "again": c["name"][-1] != "1"} for c in cases]
+    launched = {1: [*cases, *micro], 2: resumed}
+    out = {n: trainings.launch(tmp_path_factory.mktemp("cases"), n, sources, c) for n, c in launched.items()}
+    return {(n, path.name): path for n in out for path in out[n].iterdir()}
+
+
+def columns(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return {name: np.array([line[name] for line in lines]) for name in lines[0]}
+
+
+def assert_equal_trainings(one, two, rel=1e-4):
+    """Compare every metric of every step; metrics near zero by their absolute size."""
+    first, second = columns(one), columns(two)
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        np.testing.assert_allclose(second[name], values, rtol=rel, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_step_is_the_same_over_processes_and_zero_stages(made, stage, zero, processes):
+    """Ten steps of steps 1 and 2, two whole iterations of PPO: also its replies, rewards, whitening."""
+    reference = made[1, f"{stage}-0"]
+    assert_equal_trainings(reference, made[processes, f"{stage}-{zero}"])
+    expected, found = (
+        json.loads((path / "measured.json").read_text())
+        for path in (reference, made[processes, f"{stage}-{zero}"])
+    )
+    assert found == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_step_is_the_same_over_micro_batches(made, stage):
+    assert_equal_trainings(made[1, f"{stage}-0"], made[1, f"{stage}-micro"])
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_models_are_the_same(made, stage, zero, processes):
+    expected = load_file(made[1, f"{stage}-0"] / "model/model.safetensors")
+    found = load_file(made[processes, f"{stage}-{zero}"] / "model/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[name], weights, atol=2e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    settings = [p / "model/config.json" for p in (made[1, f"{stage}-0"], made[processes, f"{stage}-{zero}"])]
+    assert settings[0].read_text() == settings[1].read_text()
+
+
+def test_a_sharded_model_is_saved_a_file_at_a_time(made):
+    path = made[2, "sft-3"]
+    files = sorted((path / "shards").glob("*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        tensors = load_file(file)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        assert size <= trainings.SHARD_BYTES or len(tensors) == 1
+    (path / "shards/config.json").write_bytes((path / "model/config.json").read_bytes())
+    one, two = (AutoModelForCausalLM.from_pretrained(path / name) for name in ("model", "shards"))
+    for name, weights in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], weights), name
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_training_on_two_processes_gives_the_same_bytes(made, stage, zero):
+    path = made[2, f"{stage}-{zero}"]
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (path / "again" / name).read_bytes() == (path / name).read_bytes(), name

@@ -1,0 +1,147 @@
+"""Small trainings in one launch of processes: `launch.py --processes N trainings.py CASES.json`.
+
+Each case names a stage and what differs from `base`; its metrics and its model go to a directory of
+its name. Not a test: `test_cuts.py` and `tests/gpu` compare what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised
+from rlhf.generation import Sampling
+from rlhf.rows import PARTS, RowWriter
+
+FILE = Path(__file__).parents[2] / "config.yaml"
+SCRIPTS = FILE.parent / "scripts"
+PAD, EOS, SEED = 1, 2, 7
+SHARD_BYTES = 10_000
+RUN = {"processes": 1, "threads": 1, "save_steps": 5, "micro_batch_size": 4}
+BASE = {
+    "sft": {"steps": 10, "train_batch_size": 16, "eval_rows": 100, "run": RUN},
+    "reward": {"steps": 10, "epochs": None, "train_batch_size": 16, "eval_rows": 100, "run": RUN},
+    "rlhf": {
+        "iterations": 2, "rollout_batch_size": 16, "reward_samples": 16, "max_new_tokens": 8,
+        "run": {**RUN, "generation_batch_size": 8, "save_steps": 1},
+    },
+}  # fmt: skip
+
+
+def settings(stage: str, changes: dict) -> config.Section:
+    """Return a stage's section of the built-in scenario, made small, with a case's changes."""
+    tree = yaml.safe_load(FILE.read_text())
+    merged = config._merge(config._merge(tree["defaults"][stage], BASE[stage]), changes)
+    return {"sft": config.Sft, "reward": config.Reward, "rlhf": config.Rlhf}[stage].model_validate(merged)
+
+
+def write_rows(path: Path, stage: str, vocabulary: int, longest: int = 12) -> None:
+    """Write random rows for training and evaluation; evaluation does not divide into equal shares."""
+    for split, count, seed in (("train", 64, 1), ("eval", 70, 2)):
+        draw = np.random.default_rng([seed, len(PARTS[stage])])
+        with RowWriter(path / split, PARTS[stage]) as out:
+            for _ in range(count):
+                lengths = draw.integers(2, longest, len(PARTS[stage]))
+                out.append([draw.integers(3, vocabulary, n).tolist() for n in lengths])
+
+
+def run(case: dict, sources: dict[str, Path], where: Path) -> None:
+    """Train one case; save its model and metrics below `where`."""
+    made, model = settings(case["stage"], case.get("changes", {})), None
+    work = where / "work"
+    measured, model = train(case["stage"], made, sources, work, where)
+    save(model, where / "model")
+    if made.run.zero_stage == 3:
+        shards = where / "shards"
+        if parallel.rank() == 0:
+            shards.mkdir()
+        parallel.barrier()
+        sharding.write_shards(model, shards, SHARD_BYTES)
+    if parallel.rank() == 0:
+        (where / "measured.json").write_text(json.dumps(measured))
+        shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
+    if case.get("again"):
+        resume(case["stage"], made, sources, work, where / "again")
+    parallel.barrier()
+    if parallel.rank() == 0:
+        shutil.rmtree(work)
+
+
+def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
+    """Lose the newest state, as if killed before it was saved; train on from the one before."""
+    if parallel.rank() == 0:
+        shutil.rmtree(sorted(work.glob("step-*"))[-1])
+    parallel.barrier()
+    _, model = train(stage, made, sources, work, where)
+    save(model, where / "model")
+    if parallel.rank() == 0:
+        shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
+
+
+def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path):
+    """Train as the stage's entry script does; return what was measured, and the model."""
+    dtype, actor, scorer = engine.DTYPES[made.dtype], sources["actor"], sources["scorer"]
+    data, board = sources["data"] / stage, where / "board"
+    with engine.loading(actor, made.dtype, made.run.zero_stage):
+        if stage == "reward":
+            model = models.new_scorer(actor, dtype, PAD, SEED)
+        else:
+            model = models.load_actor(actor, dtype)
+    if stage == "rlhf":
+        with engine.loading(scorer, made.dtype, made.run.zero_stage):
+            judges = [models.load_scorer(scorer, dtype) for _ in range(2)]
+            four = ppo.Models(model, judges[0], models.load_actor(actor, dtype), judges[1])
+        sampling = Sampling(made.max_new_tokens, made.temperature, EOS, PAD)
+        return ppo.train(four, made, sampling, SEED, data, work, board)[0], model
+    task = {"sft": sft, "reward": reward}[stage].task(PAD)
+    return supervised.train(task, model, made, SEED, data, work, board)[0], model
+
+
+class NoTokenizer:
+    """Stands where a tokenizer is saved: these models have none."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, EOS, PAD
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write nothing."""
+
+
+def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dict]) -> Path:
+    """Run cases in one launch of `processes` processes; return the directory with what they made."""
+    out, log = path / "out", path / "log"
+    plan = {"sources": {name: str(p) for name, p in sources.items()}, "out": str(out), "cases": cases}
+    for case in cases:
+        case["changes"] = config._merge(case.get("changes", {}), {"run": {"processes": processes}})
+    (path / "cases.json").write_text(json.dumps(plan))
+    command = [
+        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--log", str(log),
+        __file__, str(path / "cases.json"),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    run = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    assert run.returncode == 0, log.read_text()[-6000:]
+    return out
+
+
+def save(model, path: Path) -> None:
+    models.save(model, NoTokenizer(), path)
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    first = settings(plan["cases"][0]["stage"], plan["cases"][0].get("changes", {}))
+    engine.start(first.run)
+    for case in plan["cases"]:
+        sources = {name: Path(path) for name, path in {**plan["sources"], **case.get("sources", {})}.items()}
+        run(case, sources, Path(plan["out"], case["name"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "scripts/launch.py"
+PROGRAM = """
+import os, sys
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "local", os.environ["LOCAL_RANK"], *sys.argv[1:])
+sys.exit(3 if sys.argv[1] == "fail-" + os.environ["RANK"] else 0)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function: start the launcher, with environment variables, on a program that tells its rank."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def go(*options, argument="x", **environment):
+        clean = {
+            k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NNODES")
+        }
+        command = [
+            sys.executable,
+            LAUNCH,
+            *options,
+            "--log",
+            tmp_path / "log",
+            tmp_path / "program.py",
+            argument,
+        ]
+        return subprocess.Popen(
+            [str(part) for part in command], env=clean | environment, stderr=subprocess.PIPE, text=True
+        )
+
+    return go
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_one_process_is_rank_0_of_1(start, tmp_path):
+    process = start()
+    said = process.communicate()[1]
+    assert process.returncode == 0
+    assert said == (tmp_path / "log").read_text() == "rank 0 of 1 local 0 x\n"
+
+
+def test_of_two_processes_the_first_prints_and_the_other_writes_a_file(start, tmp_path):
+    process = start("--processes", "2")
+    said = process.communicate()[1]
+    assert process.returncode == 0
+    assert "rank 0 of 2 local 0 x" in said
+    assert "rank 1" not in said
+    assert "rank 0 of 2 local 0 x" in (tmp_path / "log").read_text()
+    others = [p.read_text() for p in (tmp_path / "log.ranks").rglob("stdout.log")]
+    assert others == ["rank 1 of 2 local 1 x\n"]
+
+
+def test_two_nodes_share_the_processes_and_the_second_has_a_log_of_its_own(start, tmp_path):
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes = [start("--processes", "2", NODE_RANK=str(n), **common) for n in range(2)]
+    assert [node.wait(timeout=60) for node in nodes] == [0, 0]
+    assert "rank 0 of 2 local 0 x" in (tmp_path / "log").read_text()
+    assert "rank 1 of 2 local 0 x" in (tmp_path / "log.node-1").read_text()
+
+
+def test_processes_that_do_not_divide_over_nodes_are_refused(start):
+    process = start("--processes", "3", NNODES="2")
+    assert "3 processes cannot be shared out evenly over NNODES=2" in process.communicate()[1]
+    assert process.returncode != 0
+
+
+def test_under_another_launcher_the_script_is_simply_run(start):
+    process = start("--processes", "8", LOCAL_RANK="2", RANK="2", WORLD_SIZE="8")
+    process.communicate()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_fails_the_launch(start, rank):
+    process = start("--processes", "2", argument=f"fail-{rank}")
+    process.communicate()
+    assert process.returncode == 1
+
+
+def test_one_process_hands_on_its_exit_code(start):
+    process = start(argument="fail-0")
+    process.communicate()
+    assert process.returncode == 3
