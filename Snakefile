@@ -17,7 +17,7 @@ workdir: CONFIG.pvc
 wildcard_constraints:
     scenario="|".join(CONFIG.scenarios),
     stage="sft|reward|rlhf",
-    result="sft/actor|reward/model|rlhf/actor|rlhf/critic|rlhf/eval",
+    result="sft/actor|reward/model|rlhf/actor|rlhf/actor_ema|rlhf/critic|rlhf/eval",
 
 
 localrules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlhf import card, engine, models, parallel, ppo, stage
 from rlhf.config import Rlhf
@@ -13,8 +14,8 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run)
     config, seed = stage.settings(Rlhf, args), args.spec["config"]["seed"]
+    engine.start(args.run, config.dtype)
     actor, scorer = args.parents["sft"] / "model", args.parents["reward"] / "model"
     tokenizer, other = load_tokenizer(actor), load_tokenizer(scorer)
     if tokenizer.get_vocab() != other.get_vocab():
@@ -26,27 +27,34 @@ def main() -> None:
     sampling = Sampling(
         config.max_new_tokens, config.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
     )
-    measured, metrics = ppo.train(four, config, sampling, seed, args.parents["data"], args.work, args.board)
+    measured, metrics, ema = ppo.train(four, config, sampling, seed, args.parents, args.work, args.board)
     with stage.publish(args) as draft:
         draft.provenance["metrics"] = measured
-        made = {
-            "actor": (four.actor, "RLHF actor", "AutoModelForCausalLM"),
-            "critic": (four.critic, "RLHF critic", "AutoModelForSequenceClassification"),
-        }
-        for name, (model, title, kind) in made.items():
+
+        def save(model: Any, name: str, title: str, kind: str) -> None:
             models.save(model, tokenizer, draft.path / name)
             if parallel.rank() == 0:
                 card.write(draft.path / name, title, args.spec, measured, kind)
+
+        save(four.actor, "actor", "RLHF actor", "AutoModelForCausalLM")
+        save(four.critic, "critic", "RLHF critic", "AutoModelForSequenceClassification")
+        if ema:
+            with ema.in_place():
+                title = f"RLHF actor, mean of its weights (decay {ema.decay})"
+                save(four.actor, "actor_ema", title, "AutoModelForCausalLM")
         metrics.finish(draft.path)
 
 
 def _load(actor: Path, scorer: Path, config: Rlhf) -> ppo.Models:
-    dtype, stage_ = engine.DTYPES[config.dtype], config.run.zero_stage
-    with engine.loading(actor, config.dtype, stage_):
-        policies = [models.load_actor(actor, dtype) for _ in range(2)]
-    with engine.loading(scorer, config.dtype, stage_):
+    run, dtype, name = config.run, engine.DTYPES[config.dtype], config.dtype
+    sharded, offloads = run.zero_stage == 3, "reference" in run.offload
+    with engine.loading(actor, name, sharded=sharded):
+        policy = models.load_actor(actor, dtype)
+    with engine.loading(actor, name, sharded=sharded or offloads, offloads=offloads):
+        reference = models.load_actor(actor, dtype)
+    with engine.loading(scorer, name, sharded=sharded):
         scorers = [models.load_scorer(scorer, dtype) for _ in range(2)]
-    return ppo.Models(policies[0], scorers[0], policies[1], scorers[1])
+    return ppo.Models(policy, scorers[0], reference, scorers[1])
 
 
 if __name__ == "__main__":

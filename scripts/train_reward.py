@@ -10,11 +10,11 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run)
     config, seed = stage.settings(Reward, args), args.spec["config"]["seed"]
+    engine.start(args.run, config.dtype)
     tokenizer = load_tokenizer(args.parents["model"])
     dtype = engine.DTYPES[config.dtype]
-    with engine.loading(args.parents["model"], config.dtype, args.run.zero_stage):
+    with engine.loading(args.parents["model"], config.dtype, sharded=config.run.zero_stage == 3):
         model = models.new_scorer(args.parents["model"], dtype, tokenizer.pad_token_id, seed)
     measured, metrics = supervised.train(
         reward.task(tokenizer.pad_token_id), model, config, seed,

@@ -10,10 +10,10 @@ from rlhf.templates import load_tokenizer
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    engine.start(args.run)
     config, seed = stage.settings(Sft, args), args.spec["config"]["seed"]
+    engine.start(args.run, config.dtype)
     tokenizer = load_tokenizer(args.parents["model"])
-    with engine.loading(args.parents["model"], config.dtype, args.run.zero_stage):
+    with engine.loading(args.parents["model"], config.dtype, sharded=config.run.zero_stage == 3):
         model = models.load_actor(args.parents["model"], engine.DTYPES[config.dtype])
     measured, metrics = supervised.train(
         sft.task(tokenizer.pad_token_id), model, config, seed,

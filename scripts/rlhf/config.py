@@ -57,6 +57,9 @@ ModelName = Annotated[str, AfterValidator(_known_model)]
 DatasetName = Annotated[str, AfterValidator(_known_dataset)]
 
 
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
 class Section(BaseModel):
     """Frozen; unknown fields, NaN and infinities are errors."""
 
@@ -174,6 +177,18 @@ class Run(Section):
     log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     runtime: Int = Field(ge=1, description="limit in minutes")
+    gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
+    offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")
+
+    @model_validator(mode="after")
+    def _sharing_out_comes_before_offloading(self) -> Run:
+        for what, least in (("optimizer", 1), ("parameters", 3)):
+            if what in self.offload and self.zero_stage < least:
+                raise ValueError(
+                    f"offload of {what} needs zero_stage {least} or more, not {self.zero_stage}:"
+                    f" DeepSpeed offloads what it shares out"
+                )
+        return self
 
     @property
     def cores(self) -> int:
@@ -190,6 +205,9 @@ class RlhfRun(Run):
     """How step 3 runs."""
 
     generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
+    offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
+        description="what lies in CPU memory"
+    )
 
 
 class Data(Section):
@@ -214,7 +232,7 @@ class Training(Section):
     epochs: Float | None = Field(None, gt=0, description="passes over the data; or give `steps`")
     steps: Int | None = Field(None, ge=1, description="optimizer steps; or give `epochs`")
     eval_rows: Int = Field(ge=1, description="held-out rows that are measured, at most")
-    dtype: Literal["bf16", "fp32"] = Field(description="of weights and activations")
+    dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     optimizer: Optimizer
     run: Run
 
@@ -270,7 +288,13 @@ class Rlhf(Section):
     clip_range: Float = Field(gt=0, description="of the policy ratio")
     value_clip_range: Float = Field(gt=0, description="of values around those of the rollout")
     shuffle_scores: bool = Field(description="control experiment: scores permuted in the rollout")
-    dtype: Literal["bf16", "fp32"] = Field(description="of weights and activations")
+    ema_decay: Float | None = Field(
+        None, gt=0, lt=1, description="per optimizer step, of a mean of the actor's weights: rlhf/actor_ema"
+    )
+    ptx_coef: Float | None = Field(
+        None, gt=0, description="of the SFT loss (mean per token) on SFT rows, added to the policy loss"
+    )
+    dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     actor: Optimizer
     critic: Optimizer
     run: RlhfRun

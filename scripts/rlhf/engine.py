@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +22,11 @@ from rlhf.batch import BatchPlan
 from rlhf.config import Optimizer, Run
 from rlhf.ds_config import ds_config, frozen_config
 from rlhf.errors import UserError
+from rlhf.sharding import is_sharded
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Root(nn.Module):
@@ -44,12 +48,18 @@ def bare(rooted: Any) -> Any:
     return rooted.module.model if isinstance(rooted, deepspeed.DeepSpeedEngine) else rooted.model
 
 
-def start(run: Run) -> None:
+def start(run: Run, dtype: str = "fp32") -> None:
     """Join the other processes; fix what decides the last bits. `launch.py` set the ranks.
 
     Raises:
-        UserError: there are more or fewer processes than the configuration says.
+        UserError: the device cannot train in `dtype`, or there are more or fewer processes than the
+            configuration says.
     """
+    if not getattr(get_accelerator(), f"is_{dtype}_supported", lambda: True)():
+        raise UserError(
+            f"dtype = {dtype}: DeepSpeed cannot train in it on {get_accelerator().device_name()};"
+            " choose bf16 or fp32"
+        )
     torch.set_num_threads(run.threads)
     if get_accelerator().device_name() == "cpu":
         _without_compiler()
@@ -70,45 +80,44 @@ def _without_compiler() -> None:
 
 
 @contextmanager
-def loading(path: Path, dtype: str, zero_stage: int) -> Iterator[None]:
-    """Load models within this: under ZeRO-3 every process keeps its shard only, as weights come in."""
+def loading(path: Path, dtype: str, *, sharded: bool, offloads: bool = False) -> Iterator[None]:
+    """Load models within this: if `sharded`, every process keeps its shard only, as weights come in."""
     hidden = AutoConfig.from_pretrained(path).hidden_size
     # transformers looks at this object while it is alive.
-    sharding = HfDeepSpeedConfig(frozen_config(dtype, 3, hidden)) if zero_stage == 3 else None
+    sharding = HfDeepSpeedConfig(frozen_config(dtype, hidden, offloads=offloads)) if sharded else None
     try:
         yield
     finally:
         del sharding
 
 
-def initialise(
-    model: nn.Module, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int, run: Run
-) -> Any:
+def initialise(model: Any, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int, run: Run) -> Any:
     """Return a DeepSpeed engine around `Root(model)`.
 
     Args:
         steps: optimizer steps of the whole training, which the schedule spans.
     """
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = torch.optim.AdamW(
         _groups(model, optimizer.weight_decay), lr=optimizer.learning_rate,
-        betas=optimizer.betas, eps=optimizer.eps,
+        betas=optimizer.betas, eps=optimizer.eps, fused=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(optimizer, step, steps))
     engine, *_ = deepspeed.initialize(
-        model=Root(model), optimizer=adamw, lr_scheduler=schedule,
+        model=Root(model.train()), optimizer=adamw, lr_scheduler=schedule,
         config=ds_config(batch, dtype, optimizer.max_grad_norm, run, model.config.hidden_size),
     )  # fmt: skip
     return engine
 
 
-def frozen(model: Any, dtype: str, zero_stage: int) -> Any:
-    """Return a model that only computes: sharded over the processes under ZeRO-3, else on each one."""
+def frozen(model: Any, dtype: str, *, offloads: bool = False) -> Any:
+    """Return a model that only computes: whole on each process, or sharded if it was loaded so."""
     root = Root(model.eval().requires_grad_(False))
-    if zero_stage < 3:
+    if not is_sharded(model):
         return root.to(parallel.device())
-    engine, *_ = deepspeed.initialize(
-        model=root, config=frozen_config(dtype, zero_stage, model.config.hidden_size)
-    )
+    config = frozen_config(dtype, model.config.hidden_size, offloads=offloads)
+    engine, *_ = deepspeed.initialize(model=root, config=config)
     engine.eval()
     return engine
 
@@ -143,21 +152,25 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
 
     Each loss is its micro-batch's part of the mean over the whole batch: parts add up, so that any
     number of micro-batches and processes gives one gradient. DeepSpeed averages over processes; we
-    undo that.
+    undo that. In fp16 DeepSpeed skips a step whose scaled gradient overflows, and lowers the scale.
 
     Raises:
-        FloatingPointError: a loss or the gradient is not finite. No batch is skipped.
+        FloatingPointError: a loss or the gradient is not finite. No batch is skipped otherwise.
     """
     norm = 0.0
     for loss in losses:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {engine.global_steps}")
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
-        if engine.zero_optimization_stage() == 0:
+        if engine.get_global_grad_norm() is None:
             norm = _gradient_norm(engine.module)
         engine.step()
+    overflow = getattr(engine.optimizer, "overflow", False)  # plain torch optimizers have none
+    if overflow and engine.fp16_enabled():
+        logger.warning("step %d was skipped: its gradient overflowed in fp16", engine.global_steps)
+        return 0.0
     norm = float(engine.get_global_grad_norm() or norm)
-    if not math.isfinite(norm):
+    if overflow or not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
     return norm
 

@@ -105,10 +105,11 @@ class _Builder:
         reward = self.trained("reward", s.reward, {"model": critic}, s.reward.model)
         both = {"sft": sft, "reward": reward}
         prompts = self.data("rlhf", actor, s.rlhf.datasets, {"max_tokens": s.rlhf.max_prompt_tokens})
+        imitated = {"ptx": self.artefacts[sft].parents["data"]} if s.rlhf.ptx_coef is not None else {}
         rlhf = self.add(
             "rlhf",
             _what(s.rlhf),
-            {**both, "data": prompts},
+            {**both, "data": prompts, **imitated},
             s.rlhf.run,
             f"PPO of {s.actor.model} against {s.reward.model}",
         )
@@ -116,10 +117,11 @@ class _Builder:
             "eval",
             s.eval.model_dump(mode="json"),
             {**both, "rlhf": rlhf, "data": prompts},
-            s.rlhf.run.model_copy(update={"processes": 1, "zero_stage": 0}),
+            s.rlhf.run.model_copy(update={"processes": 1, "zero_stage": 0, "offload": ()}),
             f"replies of {s.actor.model} before and after RLHF",
         )
-        return {
+        averaged = {"rlhf/actor_ema": f"{rlhf}/actor_ema"} if s.rlhf.ema_decay is not None else {}
+        return averaged | {
             "sft/actor": f"{sft}/model",
             "sft/curves.png": f"{sft}/curves.png",
             "reward/model": f"{reward}/model",

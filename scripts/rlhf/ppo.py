@@ -6,8 +6,10 @@ Letters: B rollout batch, A tokens of a response. All means are over tokens of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from torch import Tensor
 from rlhf import engine, jsonl, order, ppo_math, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
 from rlhf.config import Rlhf
+from rlhf.ema import Ema
 from rlhf.errors import DataError
 from rlhf.generation import Sampling
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import response_logits, token_logprobs, token_values
 from rlhf.parallel import own, rank, total
 from rlhf.progress import progress
+from rlhf.ptx import Ptx
 from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
 from rlhf.state import State
@@ -46,20 +50,34 @@ class Controller:
     kl_coef: float
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What an optimizer step works on."""
+
+    models: Models
+    config: Rlhf
+    ema: Ema | None
+    ptx: Ptx | None
+
+
 def train(
-    models: Models, config: Rlhf, sampling: Sampling, seed: int, data: Path, work: Path, board: Path
-) -> tuple[Values, Metrics]:
+    models: Models, config: Rlhf, sampling: Sampling, seed: int, data: Mapping[str, Path],
+    work: Path, board: Path,
+) -> tuple[Values, Metrics, Ema | None]:  # fmt: skip
     """Train `models.actor` and `models.critic`, bare models, in place, from the newest state if there is one.
 
+    Args:
+        data: `data`: the prompts; `ptx`: rows of step 1, where `ptx_coef` is set.
     Returns:
-        the means over the last tenth of the iterations (rank 0), and the metrics of all.
+        the means over the last tenth of the iterations (rank 0), the metrics of all, and the mean of
+        the actor's weights where `ema_decay` is set.
     """
-    run, prompts = config.run, Rows(data / "train")
+    run, prompts = config.run, Rows(data["data"] / "train")
     state = State(work, run.cut)
     state.lock()
     iterations = rlhf_iterations(config, len(prompts))
-    models = _engines(models, config, iterations)
-    state.engines |= {"actor": models.actor, "critic": models.critic}
+    learner = _learner(models, config, iterations, sampling.pad_id, seed, data, state)
+    models = learner.models
     found = state.load()
     done = found[0] if found else 0
     control = Controller(**found[1]) if found else _calibrate(models, config, sampling, seed, prompts)
@@ -74,7 +92,7 @@ def train(
         # 2. Rewards and advantages.
         targets, values = _targets(seen, config, control, np.random.default_rng([seed, 3, iteration]))
         # 3. Several optimizer steps on both models.
-        values |= _update(models, seen, targets, config, [seed, 4, iteration])
+        values |= _update(learner, seen, targets, iteration, [seed, 4, iteration])
         # 4. Controller, metrics, state.
         if config.kl_target is not None:
             control.kl_coef = ppo_math.next_kl_coef(
@@ -85,20 +103,36 @@ def train(
         bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(control))
-    return _summary(metrics.path, iterations) if rank() == 0 else {}, metrics
+    return _summary(metrics.path, iterations) if rank() == 0 else {}, metrics, learner.ema
 
 
-def _engines(models: Models, config: Rlhf, iterations: int) -> Models:
-    """Return engines or roots around the four bare models."""
-    run = config.run
-    batch = plan_batch(exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch"), run)
-    steps = iterations * config.ppo_epochs * config.mini_batches
-    return Models(
-        engine.initialise(models.actor, config.actor, batch, config.dtype, steps, run),
+def _learner(
+    models: Models, config: Rlhf, iterations: int, pad_id: int, seed: int, data: Mapping[str, Path],
+    state: State,
+) -> Learner:  # fmt: skip
+    """Return engines or roots around the four bare models and what goes with them; `state` knows them."""
+    run, size = config.run, exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch")
+    batch, steps = plan_batch(size, run), iterations * config.ppo_epochs * config.mini_batches
+    ptx = None
+    if config.ptx_coef is not None:
+        rows = Rows(data["ptx"] / "train")
+        ptx = Ptx(rows, config.ptx_coef, pad_id, seed, size, run.micro_batch_size)
+    # With PTX an optimizer step of the actor has as many micro-batches again.
+    both = batch if ptx is None else replace(
+        batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps
+    )  # fmt: skip
+    engines = Models(
+        engine.initialise(models.actor, config.actor, both, config.dtype, steps, run),
         engine.initialise(models.critic, config.critic, batch, config.dtype, steps, run),
-        engine.frozen(models.reference, config.dtype, run.zero_stage),
-        engine.frozen(models.reward, config.dtype, run.zero_stage),
+        engine.frozen(models.reference, config.dtype, offloads="reference" in run.offload),
+        engine.frozen(models.reward, config.dtype),
     )
+    ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)
+    state.engines |= {"actor": engines.actor, "critic": engines.critic}
+    if ema:
+        state.tensors["ema"] = ema.means
+        state.shared |= set() if ema.is_sharded else {"ema"}
+    return Learner(engines, config, ema, ptx)
 
 
 def _calibrate(models: Models, config: Rlhf, sampling: Sampling, seed: int, prompts: Rows) -> Controller:
@@ -143,14 +177,16 @@ def _targets(
     return Targets(ppo_math.whiten(advantages, mask), returns), _floats(values)
 
 
-def _update(models: Models, seen: Rollout, targets: Targets, config: Rlhf, seed: list[int]) -> Values:
+def _update(learner: Learner, seen: Rollout, targets: Targets, iteration: int, seed: list[int]) -> Values:
     """Pass `ppo_epochs` times over a rollout in shuffled mini-batches; return mean metrics."""
+    config = learner.config
     size = exact_div(len(seen.ended), config.mini_batches, "mini-batches of a rollout")
     history: list[Values] = []
     for epoch in range(config.ppo_epochs):
         shuffled = torch.from_numpy(np.random.default_rng([*seed, epoch]).permutation(len(seen.ended)))
         for part in rollout.micro_batches(len(shuffled), size):
-            history.append(_step(models, seen, targets, shuffled[part].to(seen.ended.device), config))
+            number = iteration * config.ppo_epochs * config.mini_batches + len(history)
+            history.append(_step(learner, seen, targets, shuffled[part].to(seen.ended.device), number))
     means = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
     return means | {
         "ratio_max": max(h["ratio_mean"] for h in history),
@@ -158,25 +194,29 @@ def _update(models: Models, seen: Rollout, targets: Targets, config: Rlhf, seed:
     }
 
 
-def _step(models: Models, seen: Rollout, targets: Targets, chosen: Tensor, config: Rlhf) -> Values:
+def _step(learner: Learner, seen: Rollout, targets: Targets, chosen: Tensor, number: int) -> Values:
     """Do one optimizer step on both models over a mini-batch; return its metrics.
 
     Replies of like length share a micro-batch, and processes share micro-batches. What is divided by
     are the tokens of the whole mini-batch, so that neither changes the gradient.
     """
+    actor, critic, config = learner.models.actor, learner.models.critic, learner.config
     lengths = seen.batch.mask.sum(-1)[chosen]
     grouped = chosen[lengths.argsort(stable=True)].split(config.run.micro_batch_size)
     tokens = int(seen.response_mask[chosen].sum())
     parts = [_part(seen, targets, rows, tokens) for rows in own(grouped)]
     mine: list[Values] = []
-    rates = {"actor_learning_rate": models.actor.get_lr()[0]}
+    rates = {"actor_learning_rate": actor.get_lr()[0]}
     # Bound, not handed over: ZeRO-3's hooks copy lists among a forward's arguments.
-    actor_losses = (models.actor(partial(_actor_loss, part=p, config=config, metrics=mine)) for p in parts)
-    critic_losses = (models.critic(partial(_critic_loss, part=p, config=config, metrics=mine)) for p in parts)
+    policy = (actor(partial(_actor_loss, part=p, config=config, metrics=mine)) for p in parts)
+    imitation = learner.ptx.losses(actor, number, mine) if learner.ptx else ()
+    value = (critic(partial(_critic_loss, part=p, config=config, metrics=mine)) for p in parts)
     norms = {
-        "actor_grad_norm": engine.optimise(models.actor, actor_losses),
-        "critic_grad_norm": engine.optimise(models.critic, critic_losses),
+        "actor_grad_norm": engine.optimise(actor, chain(policy, imitation)),
+        "critic_grad_norm": engine.optimise(critic, value),
     }
+    if learner.ema:
+        learner.ema.update()
     names = dict.fromkeys(name for values in mine for name in values)
     sums = total({name: sum(values.get(name, 0.0) for values in mine) for name in names})
     return {**sums, **norms, **rates}

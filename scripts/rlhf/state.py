@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf import parallel, store
 from rlhf.errors import UserError
@@ -30,11 +31,17 @@ HASHES, LOOP = "hashes.json", "loop.json"
 
 @dataclass
 class State:
-    """The states in `work`, of engines by role; `cut` says over how many processes, and how."""
+    """The states in `work`; `cut` says over how many processes they are, and how.
+
+    `engines` are DeepSpeed's, by role. `tensors` are others by name, filled in place on loading; those
+    in `shared` are the same in every process.
+    """
 
     work: Path
     cut: dict[str, int]
     engines: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)
 
     def lock(self) -> None:
         """Keep others from training the same artefact (see `workdir.hold`); rank 0 holds the lock.
@@ -56,6 +63,9 @@ class State:
         parallel.barrier()
         for role, engine in self.engines.items():
             engine.save_checkpoint(str(partial / role), tag="state")
+        for name, tensors in self.tensors.items():
+            if parallel.rank() == 0 or name not in self.shared:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, self._file(partial, name))
         parallel.barrier()
         if parallel.rank() == 0:
             self._finish(partial, final, {"cut": self.cut, "loop": loop})
@@ -85,6 +95,9 @@ class State:
         self._check_cut(path, record["cut"])
         for role, engine in self.engines.items():
             engine.load_checkpoint(str(path / role), tag="state")
+        for name, tensors in self.tensors.items():
+            for key, value in load_file(self._file(path, name)).items():
+                tensors[key].copy_(value)
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
         step = int(path.name.removeprefix("step-"))
         logger.info("resumed after step %d from %s", step, path)
@@ -99,6 +112,10 @@ class State:
             f"{path} was saved with {was}; the configuration says {now}. Set it back to go on from"
             f" there, or remove {self.work} to train from the beginning."
         )
+
+    def _file(self, state: Path, name: str) -> Path:
+        number = 0 if name in self.shared else parallel.rank()
+        return state / f"{name}-{number}.safetensors"
 
     def _newest(self) -> Path | None:
         for path in self._states():

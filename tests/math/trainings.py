@@ -38,7 +38,7 @@ BASE = {
 def settings(stage: str, changes: dict) -> config.Section:
     """Return a stage's section of the built-in scenario, made small, with a case's changes."""
     tree = yaml.safe_load(FILE.read_text())
-    merged = config._merge(config._merge(tree["defaults"][stage], BASE[stage]), changes)
+    merged = config.merge(config.merge(tree["defaults"][stage], BASE[stage]), changes)
     return {"sft": config.Sft, "reward": config.Reward, "rlhf": config.Rlhf}[stage].model_validate(merged)
 
 
@@ -76,9 +76,11 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
 
 def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
     """Lose the newest state, as if killed before it was saved; train on from the one before."""
-    if parallel.rank() == 0:
-        shutil.rmtree(sorted(work.glob("step-*"))[-1])
+    if parallel.rank() == 0:  # elsewhere, since this process still holds the lock of `work`
+        shutil.copytree(work, where / "work", ignore=shutil.ignore_patterns("lock"))
+        shutil.rmtree(sorted((where / "work").glob("step-*"))[-1])
     parallel.barrier()
+    work = where / "work"
     _, model = train(stage, made, sources, work, where)
     save(model, where / "model")
     if parallel.rank() == 0:
@@ -89,17 +91,26 @@ def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path
     """Train as the stage's entry script does; return what was measured, and the model."""
     dtype, actor, scorer = engine.DTYPES[made.dtype], sources["actor"], sources["scorer"]
     data, board = sources["data"] / stage, where / "board"
-    with engine.loading(actor, made.dtype, made.run.zero_stage):
+    sharded = made.run.zero_stage == 3
+    with engine.loading(actor, made.dtype, sharded=sharded):
         if stage == "reward":
             model = models.new_scorer(actor, dtype, PAD, SEED)
         else:
             model = models.load_actor(actor, dtype)
     if stage == "rlhf":
-        with engine.loading(scorer, made.dtype, made.run.zero_stage):
+        offloads = "reference" in made.run.offload
+        with engine.loading(actor, made.dtype, sharded=sharded or offloads, offloads=offloads):
+            reference = models.load_actor(actor, dtype)
+        with engine.loading(scorer, made.dtype, sharded=sharded):
             judges = [models.load_scorer(scorer, dtype) for _ in range(2)]
-            four = ppo.Models(model, judges[0], models.load_actor(actor, dtype), judges[1])
+        four = ppo.Models(model, judges[0], reference, judges[1])
         sampling = Sampling(made.max_new_tokens, made.temperature, EOS, PAD)
-        return ppo.train(four, made, sampling, SEED, data, work, board)[0], model
+        data = {"data": sources["data"] / "rlhf", "ptx": sources["data"] / "sft"}
+        measured, _, ema = ppo.train(four, made, sampling, SEED, data, work, board)
+        if ema:
+            with ema.in_place():
+                save(model, where / "model_ema")
+        return measured, model
     task = {"sft": sft, "reward": reward}[stage].task(PAD)
     return supervised.train(task, model, made, SEED, data, work, board)[0], model
 
@@ -118,7 +129,7 @@ def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dic
     out, log = path / "out", path / "log"
     plan = {"sources": {name: str(p) for name, p in sources.items()}, "out": str(out), "cases": cases}
     for case in cases:
-        case["changes"] = config._merge(case.get("changes", {}), {"run": {"processes": processes}})
+        case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
     (path / "cases.json").write_text(json.dumps(plan))
     command = [
         sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--log", str(log),
@@ -137,7 +148,7 @@ def save(model, path: Path) -> None:
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     first = settings(plan["cases"][0]["stage"], plan["cases"][0].get("changes", {}))
-    engine.start(first.run)
+    engine.start(first.run, first.dtype)
     for case in plan["cases"]:
         sources = {name: Path(path) for name, path in {**plan["sources"], **case.get("sources", {})}.items()}
         run(case, sources, Path(plan["out"], case["name"]))

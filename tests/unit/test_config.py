@@ -90,7 +90,7 @@ def test_all_mistakes_are_told_at_once():
         " (longest prompt + response; longer rows are dropped)",
         "a: rlhf.gamma = 2.0 (from scenarios.a): should be less than or equal to 1 (discount per token)",
         "scenarios.b: base 'nowhere' is no scenario; there are: a, b, c",
-        "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16' or 'fp32' (of weights and activations)",
+        "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16', 'fp16' or 'fp32' (of weights and activations; fp16 on GPUs only)",
     ]
 
 
@@ -321,3 +321,14 @@ def test_one_unknown_dataset_is_one_mistake():
     tree["scenarios"] = {"a": {"sft": {"datasets": ["builtin/such"]}}}
     with pytest.raises(ConfigError, match=r"^1 mistake"):
         config.load(tree)
+
+
+@pytest.mark.parametrize(("what", "zero", "least"), [("optimizer", 0, 1), ("parameters", 2, 3)])
+def test_what_is_offloaded_must_be_shared_out(what, zero, least):
+    said = the_mistake(a={"sft": {"run": {"offload": [what], "zero_stage": zero}}})
+    assert f"offload of {what} needs zero_stage {least} or more, not {zero}" in said
+
+
+def test_the_reference_is_offloaded_in_step_3_alone():
+    assert "reference" in the_mistake(a={"sft": {"run": {"offload": ["reference"]}}})
+    config.load(written(a={"rlhf": {"run": {"offload": ["reference"]}}}))

@@ -77,6 +77,19 @@ def test_a_value_changes_its_own_stage_and_what_follows(override, stages_that_ch
     assert changed(override) == stages_that_change
 
 
+def test_with_ptx_rlhf_reads_the_rows_of_step_1_as_they_are():
+    made = planned(a={"rlhf": {"ptx_coef": 0.5}})
+    sft, rlhf = (made.artefacts[names(made, "a")[n].rsplit("/", 1)[0]] for n in ("sft/actor", "rlhf/actor"))
+    assert rlhf.parents["ptx"] == sft.parents["data"]
+    assert changed({"rlhf": {"ptx_coef": 0.5}}) == {"rlhf", "eval"}
+
+
+def test_the_mean_of_the_actors_weights_is_a_result_where_it_is_asked_for():
+    made = planned(a={"rlhf": {"ema_decay": 0.99}}, b={})
+    assert names(made, "a")["rlhf/actor_ema"] == names(made, "a")["rlhf/actor"] + "_ema"
+    assert "rlhf/actor_ema" not in names(made, "b")
+
+
 def test_swapped_learning_rates_are_another_training():
     rates = {"rlhf": {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 3e-4}}}
     swapped = {"rlhf": {"actor": {"learning_rate": 3e-4}, "critic": {"learning_rate": 1e-4}}}
@@ -92,8 +105,10 @@ def test_swapped_learning_rates_are_another_training():
 @pytest.mark.parametrize("field", list(config.Run.model_fields))
 @pytest.mark.parametrize("stage", config.STAGES)
 def test_how_a_stage_runs_is_in_no_name(stage, field):
-    value = 1 if field == "processes" else 2
-    assert changed({stage: {"run": {field: value}}}) == set()
+    """Another value (the defaults have neither of these); offloading needs sharding first."""
+    values = {"offload": ["optimizer"], "gradient_checkpointing": True}
+    run = {"zero_stage": 1, "micro_batch_size": 16, field: values.get(field, 2)}
+    assert changed({stage: {"run": run}}) == set()
 
 
 def test_every_value_but_run_is_in_a_name():
