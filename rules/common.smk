@@ -149,6 +149,22 @@ def link_target(path):
     return target
 
 
+def refuse_missing_gpus():
+    """Refuse, before anything starts, a job on this machine that wants more GPUs than it has."""
+    if workflow.executor_plugin.common_settings.non_local_exec:
+        return
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    for job in workflow.dag.needrun_jobs():
+        if job.resources.get("gpus", 0) > there:
+            print(
+                f"error: {job.message or job.rule.name} asks for {job.resources.gpus} GPUs, this machine has"
+                f" {there}: run it on a cluster (--profile profiles/kubernetes), or give the scenario a run"
+                " with gpus: 0",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
 def sweep_states():
     """Remove the unfinished work of artefacts that Snakemake has stamped as complete."""
     for made in PLAN.artefacts.values():

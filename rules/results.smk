@@ -11,7 +11,10 @@ rule eval:
         "../envs/training.yaml"
     threads: run_value("store/eval/{name}", "threads")
     resources:
+        nodes=run_value("store/eval/{name}", "nodes"),
+        gpus=run_value("store/eval/{name}", "gpus"),
         mem_mb=run_value("store/eval/{name}", "mem_mb"),
+        shm_mb=run_value("store/eval/{name}", "shm_mb"),
         runtime=run_value("store/eval/{name}", "runtime"),
     params:
         launch=script("launch.py"),
@@ -23,8 +26,8 @@ rule eval:
     message:
         "Comparison: {params.message}"
     shell:
-        "python {params.launch} --processes {params.processes} --log {log}"
-        " {params.script} --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch:q} --processes {params.processes} --gpus {resources.gpus}"
+        " --log {log} {params.script:q} --spec {params.spec:q} --run {params.run:q}"
         " --output {output}"
 
 

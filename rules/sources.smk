@@ -15,7 +15,7 @@ rule model:
     message:
         "Pretrained model: {params.message}"
     shell:
-        "python {params.launch} --log {log} {params.script} --spec {params.spec:q}"
+        "python {params.launch:q} --log {log} {params.script:q} --spec {params.spec:q}"
         " --work work/{output} --output {output}"
 
 
@@ -36,7 +36,7 @@ rule dataset:
     message:
         "Dataset: {params.message}"
     shell:
-        "python {params.launch} --log {log} {params.script} --spec {params.spec:q}"
+        "python {params.launch:q} --log {log} {params.script:q} --spec {params.spec:q}"
         " --work work/{output} --output {output}"
 
 
@@ -59,4 +59,4 @@ rule data:
     message:
         "Data: {params.message}"
     shell:
-        "python {params.launch} --log {log} {params.script} --spec {params.spec:q} --output {output}"
+        "python {params.launch:q} --log {log} {params.script:q} --spec {params.spec:q} --output {output}"

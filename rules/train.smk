@@ -11,7 +11,10 @@ rule sft:
         "../envs/training.yaml"
     threads: run_value("store/sft/{name}", "cores")
     resources:
+        nodes=run_value("store/sft/{name}", "nodes"),
+        gpus=run_value("store/sft/{name}", "gpus"),
         mem_mb=run_value("store/sft/{name}", "mem_mb"),
+        shm_mb=run_value("store/sft/{name}", "shm_mb"),
         runtime=run_value("store/sft/{name}", "runtime"),
     params:
         launch=script("launch.py"),
@@ -23,8 +26,8 @@ rule sft:
     message:
         "Step 1: {params.message}"
     shell:
-        "python {params.launch} --processes {params.processes} --log {log}"
-        " {params.script} --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch:q} --processes {params.processes} --gpus {resources.gpus}"
+        " --log {log} {params.script:q} --spec {params.spec:q} --run {params.run:q}"
         " --work work/sft/{wildcards.name} --board logs/tensorboard/sft/{wildcards.name}"
         " --output {output}"
 
@@ -42,7 +45,10 @@ rule reward:
         "../envs/training.yaml"
     threads: run_value("store/reward/{name}", "cores")
     resources:
+        nodes=run_value("store/reward/{name}", "nodes"),
+        gpus=run_value("store/reward/{name}", "gpus"),
         mem_mb=run_value("store/reward/{name}", "mem_mb"),
+        shm_mb=run_value("store/reward/{name}", "shm_mb"),
         runtime=run_value("store/reward/{name}", "runtime"),
     params:
         launch=script("launch.py"),
@@ -54,8 +60,8 @@ rule reward:
     message:
         "Step 2: {params.message}"
     shell:
-        "python {params.launch} --processes {params.processes} --log {log}"
-        " {params.script} --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch:q} --processes {params.processes} --gpus {resources.gpus}"
+        " --log {log} {params.script:q} --spec {params.spec:q} --run {params.run:q}"
         " --work work/reward/{wildcards.name} --board logs/tensorboard/reward/{wildcards.name}"
         " --output {output}"
 
@@ -73,7 +79,10 @@ rule rlhf:
         "../envs/training.yaml"
     threads: run_value("store/rlhf/{name}", "cores")
     resources:
+        nodes=run_value("store/rlhf/{name}", "nodes"),
+        gpus=run_value("store/rlhf/{name}", "gpus"),
         mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
+        shm_mb=run_value("store/rlhf/{name}", "shm_mb"),
         runtime=run_value("store/rlhf/{name}", "runtime"),
     params:
         launch=script("launch.py"),
@@ -85,7 +94,7 @@ rule rlhf:
     message:
         "Step 3: {params.message}"
     shell:
-        "python {params.launch} --processes {params.processes} --log {log}"
-        " {params.script} --spec {params.spec:q} --run {params.run:q}"
+        "python {params.launch:q} --processes {params.processes} --gpus {resources.gpus}"
+        " --log {log} {params.script:q} --spec {params.spec:q} --run {params.run:q}"
         " --work work/rlhf/{wildcards.name} --board logs/tensorboard/rlhf/{wildcards.name}"
         " --output {output}"

@@ -11,21 +11,28 @@ the log's name ends in the node's number.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+GPU_PAUSE = 10.0  # seconds between looks for a free GPU
 BAR_SECONDS = 10.0  # a progress bar leaves one line in the log per so many seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=1, help="processes of all nodes together")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node that it gets to itself")
     parser.add_argument("--log", type=Path, required=True, help="where rank 0's output goes")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -43,7 +50,43 @@ def main() -> None:
     else:
         command = [*_torchrun(nodes, node, args.processes // nodes, log), *program]
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # torchrun warns else
-    sys.exit(_run(command, {**os.environ, **environment}, log))
+    with _gpus(args.gpus) as devices:
+        sys.exit(_run(command, {**os.environ, **environment, **devices}, log))
+
+
+@contextmanager
+def _gpus(count: int) -> Iterator[dict[str, str]]:
+    """Take GPUs of this machine that no other job of ours uses, until the end of the block.
+
+    A job that asks for none gets none, so that two trainings never share one by accident.
+    """
+    there = _visible_gpus() if count else []
+    if len(there) < count:
+        sys.exit(f"error: {count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
+    with ExitStack() as stack:
+        while len(held := list(islice((d for d in there if _is_taken(d, stack)), count))) < count:
+            stack.close()  # all or none: two jobs that each hold a part would wait for ever
+            print(f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", flush=True)
+            time.sleep(GPU_PAUSE)
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+
+
+def _visible_gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _is_taken(device: str, stack: ExitStack) -> bool:
+    """Take a device unless another job has it; it is given back when `stack` ends."""
+    name = f"snakemake-rlhf-gpu-{device.replace('/', '-')}.lock"
+    file = stack.enter_context((Path(tempfile.gettempdir()) / name).open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _single_process() -> dict[str, str]:
@@ -74,7 +117,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
     """Run to the end, copying output to the terminal and the log; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment["PYTHONUNBUFFERED"] = "1"
-    with log.open("wb") as file:
+    with log.open("ab") as file:  # a second try does not wipe out what the first one said
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: process.send_signal(received))

@@ -162,13 +162,28 @@ class Optimizer(Section):
     eps: Float = Field(gt=0, description="Adam's denominator term")
     max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
     schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
-    warmup_steps: Int = Field(ge=0, description="optimizer steps of linear warm-up")
+    warmup_steps: Int | None = Field(None, ge=0, description="optimizer steps of linear warm-up")
+    warmup_ratio: Float | None = Field(None, ge=0, lt=1, description="the same as a part of all steps")
     final_ratio: Float = Field(ge=0, le=1, description="last learning rate / peak")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Optimizer:
+        if (self.warmup_steps is None) == (self.warmup_ratio is None):
+            raise ValueError("give either warmup_steps or warmup_ratio (the other one: null)")
+        return self
+
+    def warmup(self, steps: int) -> int:
+        """Return the steps of linear warm-up of a training of `steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_ratio or 0.0) * steps)
 
 
 class Run(Section):
     """How a stage runs. Nothing here changes what it makes, but for rounding."""
 
+    nodes: Int = Field(ge=1, description="machines, or pods of a cluster job")
+    gpus: Int = Field(ge=0, description="GPUs per node; 0 trains on the CPU")
     processes: Int = Field(ge=1, description="processes of all nodes together, one per GPU")
     zero_stage: Int = Field(ge=0, le=3, description="DeepSpeed's: what the processes share out, 0 nothing")
     micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
@@ -176,9 +191,20 @@ class Run(Section):
     save_steps: Int = Field(ge=1, description="steps between saved training states")
     log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
+    shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
     runtime: Int = Field(ge=1, description="limit in minutes")
     gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
     offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")
+
+    @model_validator(mode="after")
+    def _a_process_per_gpu(self) -> Run:
+        wanted = self.nodes * self.gpus or self.processes
+        if self.processes != wanted or self.processes % self.nodes:
+            raise ValueError(
+                f"processes {self.processes} do not fit {self.nodes} nodes with {self.gpus} GPUs each: choose"
+                f" {wanted if self.gpus else _multiples(self.processes, self.nodes)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sharing_out_comes_before_offloading(self) -> Run:

@@ -138,11 +138,12 @@ def _dimensions(parameter: Tensor) -> int:
 
 def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     """Return the learning rate of a step over the peak: warm-up from 1/n, then the schedule."""
-    if step < optimizer.warmup_steps:
-        return (step + 1) / optimizer.warmup_steps
+    warmup = optimizer.warmup(steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if optimizer.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
     shape = 1.0 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return optimizer.final_ratio + (1 - optimizer.final_ratio) * shape
 

@@ -111,7 +111,7 @@ class _Builder:
             _what(s.rlhf),
             {**both, "data": prompts, **imitated},
             s.rlhf.run,
-            f"PPO of {s.actor.model} against {s.reward.model}",
+            f"PPO of {s.actor.model} with the reward model from {s.reward.model}",
         )
         eval_ = self.add(
             "eval",

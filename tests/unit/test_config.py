@@ -332,3 +332,39 @@ def test_what_is_offloaded_must_be_shared_out(what, zero, least):
 def test_the_reference_is_offloaded_in_step_3_alone():
     assert "reference" in the_mistake(a={"sft": {"run": {"offload": ["reference"]}}})
     config.load(written(a={"rlhf": {"run": {"offload": ["reference"]}}}))
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (
+            {"nodes": 2, "gpus": 4, "processes": 4},
+            "processes 4 do not fit 2 nodes with 4 GPUs each: choose 8",
+        ),
+        ({"nodes": 2, "processes": 3}, "processes 3 do not fit 2 nodes with 0 GPUs each: choose 2 or 4"),
+    ],
+)
+def test_processes_fit_nodes_and_gpus(run, said):
+    assert said in the_mistake(a={"sft": {"run": run}})
+
+
+@pytest.mark.parametrize("name", ["single-gpu", "single-node", "multi-node"])
+def test_the_seeds_scenarios_hold_what_the_seed_says(name):
+    """Global batches, lengths, shares and machines of the seed's nine files."""
+    made = config.load(yaml.safe_load(FILE.read_text())).scenarios[name]
+    size, batch, prompts, nodes, gpus = {
+        "single-gpu": ("1.3b", 8, 16, 1, 1),
+        "single-node": ("13b", 32, 32, 1, 4),
+        "multi-node": ("66b", 128, 64, 2, 8),
+    }[name]
+    assert made.actor.model == f"facebook/opt-{size}"
+    assert (made.sft.train_batch_size, made.reward.train_batch_size, made.rlhf.rollout_batch_size) == (
+        batch, batch, prompts
+    )  # fmt: skip
+    assert (made.data.shares["sft"], made.data.shares["reward"], made.data.shares["rlhf"]) == (2, 4, 4)
+    assert (made.sft.max_tokens, made.rlhf.max_prompt_tokens, made.rlhf.max_new_tokens) == (512, 256, 256)
+    assert (made.sft.epochs, made.reward.epochs, made.rlhf.epochs, made.seed) == (2, 1, 1, 1234)
+    for run in (made.sft.run, made.reward.run, made.rlhf.run):
+        assert (run.nodes, run.gpus, run.processes) == (nodes, gpus, nodes * gpus)
+    assert [d.name for d in made.sft.datasets] == [d.name for d in made.reward.datasets]
+    assert [d.name for d in made.rlhf.datasets] == ["Dahoas/rm-static"]

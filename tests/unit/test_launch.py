@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "scripts/launch.py"
@@ -96,3 +97,39 @@ def test_one_process_hands_on_its_exit_code(start):
     process = start(argument="fail-0")
     process.communicate()
     assert process.returncode == 3
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """A machine with two GPUs, as far as launch.py looks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+
+
+def test_jobs_get_gpus_of_their_own_and_give_them_back(gpus):
+    with launch._gpus(1) as first, launch._gpus(1) as second:
+        assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    with launch._gpus(2) as both:
+        assert both == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_a_job_waits_for_gpus_that_others_use_and_holds_none_meanwhile(gpus, monkeypatch, capfd):
+    other = launch._gpus(1)
+    other.__enter__()
+
+    def the_other_ends(_):
+        with launch._gpus(1):
+            pass
+        other.__exit__(None, None, None)
+
+    monkeypatch.setattr(launch.time, "sleep", the_other_ends)
+    with launch._gpus(2) as both:
+        assert both == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert "waiting for 2 GPUs: 1 of 2 are free" in capfd.readouterr().out
+
+
+def test_more_gpus_than_there_are_is_an_error_and_none_gives_none(gpus):
+    with pytest.raises(SystemExit, match="3 GPUs are asked for, this machine has 2"), launch._gpus(3):
+        pass
+    with launch._gpus(0) as none:
+        assert none == {"CUDA_VISIBLE_DEVICES": ""}

@@ -107,14 +107,14 @@ def test_swapped_learning_rates_are_another_training():
 def test_how_a_stage_runs_is_in_no_name(stage, field):
     """Another value (the defaults have neither of these); offloading needs sharding first."""
     values = {"offload": ["optimizer"], "gradient_checkpointing": True}
-    run = {"zero_stage": 1, "micro_batch_size": 16, field: values.get(field, 2)}
+    run = {"zero_stage": 1, "micro_batch_size": 16, "processes": 2, field: values.get(field, 2)}
     assert changed({stage: {"run": run}}) == set()
 
 
 def test_every_value_but_run_is_in_a_name():
     """A field that a later version adds cannot be forgotten."""
     optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
-                 "warmup_steps": 5, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
+                 "warmup_steps": 5, "warmup_ratio": None, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
     training = {"max_tokens": 9, "train_batch_size": 128, "steps": 9, "epochs": 3, "eval_rows": 3,
                 "datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
     length = {"epochs": {"steps": None}, "steps": {"epochs": None}}

@@ -25,7 +25,10 @@ def test_scenarios_that_differ_in_ppo_share_all_else(empty):
 def test_a_job_says_in_words_what_it_makes_and_for_whom(empty):
     text = empty.snakemake("-n", ACTOR).stdout
     assert "Step 1: supervised fine-tuning of builtin/opt-2x64-bpe1024 for smoke" in text
-    assert "Step 3: PPO of builtin/opt-2x64-bpe1024 against builtin/opt-2x64-bpe1024 for smoke" in text
+    assert (
+        "Step 3: PPO of builtin/opt-2x64-bpe1024 with the reward model from builtin/opt-2x64-bpe1024 for smoke"
+        in text
+    )
 
 
 def test_the_scenario_asked_for_decides_how_a_shared_artefact_is_run(empty):
@@ -102,3 +105,28 @@ def test_every_rule_has_log_and_benchmark_but_all(empty):
     rules = text.count("\nrule ") + text.startswith("rule ")
     assert text.count("    log:\n") == text.count("    benchmark:\n")
     assert text.count("    log:\n") >= rules > 6
+
+
+@pytest.mark.parametrize("scenario", ["single-gpu", "single-node", "multi-node"])
+def test_the_seeds_scenarios_are_planned_from_an_empty_volume_without_a_network(empty, scenario, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    text = empty.snakemake("-n", f"results/{scenario}/rlhf/actor").stdout
+    assert "Pretrained model: facebook/opt-350m at main, from the Hub for" in text
+    assert "Step 3: PPO of facebook/opt-" in text
+
+
+def test_a_users_scenario_is_another_model_in_yaml(empty):
+    mine = """
+scenarios:
+  my-run: {base: single-gpu, actor: {model: EleutherAI/pythia-1b}, reward: {model: EleutherAI/pythia-160m}}
+"""
+    text = empty.snakemake("-n", "results/my-run/rlhf/actor", config=mine).stdout
+    assert "PPO of EleutherAI/pythia-1b with the reward model from EleutherAI/pythia-160m for my-run" in text
+
+
+def test_more_gpus_than_this_machine_has_are_refused_before_anything_starts(empty):
+    wanted = "scenarios: {smoke: {sft: {run: {gpus: 999, processes: 999, micro_batch_size: 1}, train_batch_size: 999}}}"
+    run = empty.snakemake("results/smoke/sft/actor", config=wanted, check=False)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False)
+    assert "asks for 999 GPUs, this machine has" in run.stderr
+    assert not (empty.volume / "models").exists()
