@@ -114,15 +114,19 @@ def test_how_a_stage_runs_is_in_no_name(stage, field):
 def test_every_value_but_run_is_in_a_name():
     """A field that a later version adds cannot be forgotten."""
     optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
-                 "warmup_steps": 5, "warmup_ratio": None, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
+                 "warmup_steps": 5, "warmup_ratio": 0.2, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
     training = {"max_tokens": 9, "train_batch_size": 128, "steps": 9, "epochs": 3, "eval_rows": 3,
                 "datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
-    length = {"epochs": {"steps": None}, "steps": {"epochs": None}}
+    length = {"epochs": {"steps": None}, "steps": {"epochs": None}, "warmup_ratio": {"warmup_steps": None}}
     for stage, section in (("sft", config.Training), ("reward", config.Training)):
         assert set(training) == set(section.model_fields) - {"run"}
         for field, value in training.items():
             for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
-                override = {field: {name: inner}} if name else {field: inner, **length.get(field, {})}
+                override = (
+                    {field: {name: inner, **length.get(name, {})}}
+                    if name
+                    else {field: inner, **length.get(field, {})}
+                )
                 assert stage in changed({stage: override}), (stage, field, name)
 
 
