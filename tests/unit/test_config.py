@@ -310,3 +310,11 @@ def test_what_is_offloaded_must_be_shared_out(what, zero, least):
 def test_the_reference_is_offloaded_in_step_3_alone():
     assert "reference" in the_mistake(a={"sft": {"run": {"offload": ["reference"]}}})
     config.load(written(a={"rlhf": {"run": {"offload": ["reference"]}}}))
+
+
+def test_under_lora_there_is_no_reference_to_offload():
+    lora = {"dim": 4, "alpha": 4.0, "learning_rate": 1.0e-3}
+    said = the_mistake(a={"rlhf": {"actor_lora": lora, "run": {"offload": ["reference"]}}})
+    assert "there is no copy to offload" in said
+    both = {"actor_lora": lora | {"only": False}, "run": {"offload": ["reference"]}}
+    config.load(written(a={"rlhf": both}))
