@@ -24,6 +24,8 @@ def main() -> None:
         models.save(model, tokenizer, draft.path / "model")
         if parallel.rank() == 0:
             card.write(draft.path / "model", "SFT actor", args.spec, measured, "AutoModelForCausalLM")
+        if config.lora and config.lora.only:
+            models.save_adapter(model, config.lora, str(args.parents["model"]), draft.path / "adapter")
         metrics.finish(draft.path)
 
 

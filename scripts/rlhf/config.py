@@ -179,6 +179,21 @@ class Optimizer(Section):
         return round((self.warmup_ratio or 0.0) * steps)
 
 
+class Lora(Section):
+    """Low-rank adapters instead of the weights of linear layers."""
+
+    dim: Int = Field(ge=1, description="rank of the adapters")
+    alpha: Float = Field(gt=0, description="adapters are scaled by alpha / dim")
+    learning_rate: Float = Field(gt=0, description="peak learning rate of the adapters")
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names of linear layers; null: all of a layer, by family"
+    )
+    only: bool = Field(
+        True,
+        description="train adapters alone (and a reward model's head); else biases, norms, embeddings too",
+    )
+
+
 class Run(Section):
     """How a stage runs. Nothing here changes what it makes, but for rounding."""
 
@@ -260,6 +275,7 @@ class Training(Section):
     eval_rows: Int = Field(ge=1, description="held-out rows that are measured, at most")
     dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     optimizer: Optimizer
+    lora: Lora | None = Field(None, description="adapters; null: train all weights")
     run: Run
 
     @model_validator(mode="after")
@@ -323,7 +339,14 @@ class Rlhf(Section):
     dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     actor: Optimizer
     critic: Optimizer
+    actor_lora: Lora | None = Field(None, description="adapters of the actor; null: train all weights")
+    critic_lora: Lora | None = Field(None, description="adapters of the critic; null: train all weights")
     run: RlhfRun
+
+    @property
+    def actor_is_reference(self) -> bool:
+        """Whether the actor without its adapters is the reference model: no second copy."""
+        return self.actor_lora is not None and self.actor_lora.only
 
     @model_validator(mode="after")
     def _lengths(self) -> Rlhf:
@@ -334,6 +357,11 @@ class Rlhf(Section):
             wrong.append(
                 f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}:"
                 f" the coefficient would jump; choose {self.rollout_batch_size} or more"
+            )
+        if self.actor_is_reference and "reference" in self.run.offload:
+            raise ValueError(
+                "offload of reference: with actor_lora the actor without adapters is the reference, and"
+                " there is no copy to offload; leave it out"
             )
         if self.rollout_batch_size % self.mini_batches:
             wrong.append(

@@ -5,6 +5,7 @@ Letters: B batch, T tokens of a sequence, A of a response, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf import parallel, sharding
+from rlhf import lora, parallel, sharding
+from rlhf.config import Lora
 from rlhf.errors import DataError
 from rlhf.tokens import Padded
 
@@ -137,11 +140,43 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path)
         tokenizer.save_pretrained(path)
     if not sharding.is_sharded(model):
         if parallel.rank() == 0:
-            model.save_pretrained(path)
+            model.save_pretrained(path, state_dict=_published(model))
         return
     if parallel.rank() == 0:
         _save_settings(model, path)
     sharding.write_shards(model, path)
+
+
+def _published(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return the weights with adapters merged, or None where there are none."""
+    adapted = {f"{name}.weight": layer for name, layer in lora.layers(model).items()}
+    if not adapted:
+        return None
+    with torch.no_grad():
+        return {
+            name: adapted[name].merged() if name in adapted else tensor
+            for name, tensor in model.state_dict().items()
+            if not lora.is_adapter(name)
+        }
+
+
+def save_adapter(model: PreTrainedModel, config: Lora, base: str, path: Path) -> None:
+    """Write the adapter as PEFT reads it; all processes call it, rank 0 writes.
+
+    Args:
+        base: where the model without adapters lies.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with sharding.whole([parameter]):
+                key = f"{name}.weight" if lora.is_adapter(name) else name
+                tensors[f"base_model.model.{key}"] = parameter.detach().cpu().clone().contiguous()
+    if parallel.rank() == 0:
+        path.mkdir(parents=True)
+        save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+        settings = json.dumps(lora.peft_config(model, config, base), indent=2, sort_keys=True)
+        (path / "adapter_config.json").write_text(settings + "\n")
 
 
 def _save_settings(model: PreTrainedModel, path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf import engine, jsonl, order, ppo_math, rollout
+from rlhf import engine, jsonl, lora, order, ppo_math, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
 from rlhf.config import Rlhf
 from rlhf.ema import Ema
@@ -121,11 +121,15 @@ def _learner(
     both = batch if ptx is None else replace(
         batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps
     )  # fmt: skip
+    for model, adapters in ((models.actor, config.actor_lora), (models.critic, config.critic_lora)):
+        if adapters:
+            lora.add(model, adapters, seed)
+    dtype, offloads, reference = config.dtype, "reference" in run.offload, models.reference
     engines = Models(
-        engine.initialise(models.actor, config.actor, both, config.dtype, steps, run),
-        engine.initialise(models.critic, config.critic, batch, config.dtype, steps, run),
-        engine.frozen(models.reference, config.dtype, offloads="reference" in run.offload),
-        engine.frozen(models.reward, config.dtype),
+        engine.initialise(models.actor, config.actor, config.actor_lora, both, dtype, steps, run),
+        engine.initialise(models.critic, config.critic, config.critic_lora, batch, dtype, steps, run),
+        None if reference is None else engine.frozen(reference, dtype, offloads=offloads),
+        engine.frozen(models.reward, dtype),
     )
     ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)
     state.engines |= {"actor": engines.actor, "critic": engines.critic}

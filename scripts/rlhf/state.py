@@ -33,7 +33,7 @@ HASHES, LOOP = "hashes.json", "loop.json"
 class State:
     """The states in `work`; `cut` says over how many processes they are, and how.
 
-    `engines` are DeepSpeed's, by role. `tensors` are others by name, filled in place on loading; those
+    `engines` are DeepSpeed's, by role; weights that are not trained are not saved. `tensors` are others by name, filled in place on loading; those
     in `shared` are the same in every process.
     """
 
@@ -62,7 +62,7 @@ class State:
             partial.mkdir()
         parallel.barrier()
         for role, engine in self.engines.items():
-            engine.save_checkpoint(str(partial / role), tag="state")
+            engine.save_checkpoint(str(partial / role), tag="state", exclude_frozen_parameters=True)
         for name, tensors in self.tensors.items():
             if parallel.rank() == 0 or name not in self.shared:
                 save_file({n: t.contiguous() for n, t in tensors.items()}, self._file(partial, name))
@@ -94,7 +94,8 @@ class State:
         record = json.loads((path / LOOP).read_text())
         self._check_cut(path, record["cut"])
         for role, engine in self.engines.items():
-            engine.load_checkpoint(str(path / role), tag="state")
+            frozen = any(not p.requires_grad for p in engine.module.parameters())
+            engine.load_checkpoint(str(path / role), tag="state", load_module_strict=not frozen)
         for name, tensors in self.tensors.items():
             for key, value in load_file(self._file(path, name)).items():
                 tensors[key].copy_(value)

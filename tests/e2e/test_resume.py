@@ -113,6 +113,6 @@ def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
         time.sleep(0.05)
     time.sleep(0.2)
     assert start(smoke, "sft", published, tmp_path).wait(timeout=600) == 2
-    assert "trains the same artefact" in (tmp_path / "log").read_text()
+    assert "makes the same artefact" in (tmp_path / "log").read_text()
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

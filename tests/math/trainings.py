@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
 from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised
@@ -58,6 +59,9 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
     work = where / "work"
     measured, model = train(case["stage"], made, sources, work, where)
     save(model, where / "model")
+    adapters = made.actor_lora if case["stage"] == "rlhf" else made.lora
+    if adapters and adapters.only:
+        models.save_adapter(model, adapters, str(sources["actor"]), where / "adapter")
     if made.run.zero_stage == 3:
         shards = where / "shards"
         if parallel.rank() == 0:
@@ -71,7 +75,15 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
         resume(case["stage"], made, sources, work, where / "again")
     parallel.barrier()
     if parallel.rank() == 0:
+        (where / "state.json").write_text(json.dumps(saved_weights(work)))
         shutil.rmtree(work)
+
+
+def saved_weights(work: Path) -> list[str]:
+    """Return the names of the weights of a model in the newest state, where one file has them all."""
+    newest = sorted(work.glob("step-*"))[-1]
+    files = list(newest.glob("*/state/mp_rank_00_model_states.pt"))
+    return sorted(torch.load(files[0], weights_only=False)["module"]) if files else []
 
 
 def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
@@ -100,7 +112,7 @@ def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path
     if stage == "rlhf":
         offloads = "reference" in made.run.offload
         with engine.loading(actor, made.dtype, sharded=sharded or offloads, offloads=offloads):
-            reference = models.load_actor(actor, dtype)
+            reference = None if made.actor_is_reference else models.load_actor(actor, dtype)
         with engine.loading(scorer, made.dtype, sharded=sharded):
             judges = [models.load_scorer(scorer, dtype) for _ in range(2)]
         four = ppo.Models(model, judges[0], reference, judges[1])
