@@ -23,11 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlhf import lora, parallel, sharding
 from rlhf.config import Lora
 from rlhf.errors import DataError
 from rlhf.tokens import Padded
+
+transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
 
 
 def load_actor(path: Path, dtype: torch.dtype) -> PreTrainedModel:
