@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf import parallel, store
 from rlhf.errors import UserError
+from rlhf.metrics import NAME as METRICS
 from rlhf.workdir import hold
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ class State:
         parallel.barrier()
 
     def _finish(self, partial: Path, final: Path, record: dict[str, Any]) -> None:
-        """Make a state whole: the loop's values, hashes of all files, its name."""
+        """Make a state whole: metrics so far, the loop's values, hashes of all files, its name."""
+        if (self.work / METRICS).exists():
+            shutil.copy(self.work / METRICS, partial / METRICS)
         save_file({"torch": torch.get_rng_state()}, partial / "rng.safetensors")
         store.write_json(partial / LOOP, record)
         store.write_json(partial / HASHES, store.file_hashes(partial))
@@ -100,6 +103,8 @@ class State:
             for key, value in load_file(self._file(path, name)).items():
                 tensors[key].copy_(value)
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
+        if parallel.rank() == 0 and (path / METRICS).exists():
+            shutil.copy(path / METRICS, self.work / METRICS)  # whatever became of it since
         step = int(path.name.removeprefix("step-"))
         logger.info("resumed after step %d from %s", step, path)
         return step, record["loop"]
@@ -133,7 +138,7 @@ class State:
 def _is_whole(path: Path) -> bool:
     try:
         recorded = json.loads((path / HASHES).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return False
     found = store.file_hashes(path)
     found.pop(HASHES, None)
