@@ -196,16 +196,19 @@ def _last_line(text: str) -> str:
 
 
 def _deleted(case: Case) -> Cause | None:
-    for pod in case.pods:
-        if "deletionTimestamp" in pod["metadata"] and not status.terminated(pod).get("exitCode"):
-            return Cause(
-                "deleted",
-                f"{name_of(pod)} was deleted while it ran",
-                "",
-                "ask who did; nothing in the rule is wrong",
-                transient=True,
-            )
-    return None
+    """Pods that were told to end by somebody, not because one of them had failed."""
+    taken = [pod for pod in case.pods if "deletionTimestamp" in pod["metadata"]]
+    failed = [pod for pod in case.pods if status.terminated(pod).get("exitCode")]
+    if not taken or any(pod not in taken for pod in failed):
+        return None
+    first = min(taken, key=lambda pod: str(pod["metadata"]["deletionTimestamp"]))
+    return Cause(
+        "deleted",
+        f"{name_of(first)} was deleted while it ran",
+        "",
+        "ask who did; nothing in the rule is wrong",
+        transient=True,
+    )
 
 
 def _unknown(case: Case) -> Cause:
@@ -221,5 +224,5 @@ def _unknown(case: Case) -> Cause:
 
 # A pod that cannot start never gets to the causes below it.
 CHECKS: tuple[Check, ...] = (
-    _disrupted, _deadline, _admission, _oom, _entrypoint, _log_line, _exit_code, waits.image, waits.config, _deleted,
+    _disrupted, _deadline, _admission, _oom, _entrypoint, _deleted, _log_line, _exit_code, waits.image, waits.config,
 )  # fmt: skip

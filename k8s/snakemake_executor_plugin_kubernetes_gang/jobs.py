@@ -73,7 +73,7 @@ def spec_of(job: Any, site: Site, inner_command: Any) -> GangSpec:
         name=name, command=command, image=image, token=token, backend=site.settings.backend,
         workdir=str(Path(job.shadow_dir or site.workdir).absolute()) if is_direct(job) else site.workdir,
         project=site.project, state_dir=str(site.state / name), uid=os.getuid(), gid=os.getgid(),
-        nodes=nodes, gpus=gpus, cpus=int(job.threads), memory_mb=memory,
+        nodes=nodes, gpus=gpus, cpu=str(resources.get("cpu", job.threads)), memory_mb=memory,
         shm_mb=int(resources.get("shm_mb", memory // 4)), runtime_s=60 * int(resources.get("runtime", 0)),
         start_timeout_s=site.settings.start_timeout, env=_environment(int(job.threads), site.settings),
         secret_env=dict.fromkeys(site.secret_env, site.settings.env_secret or ""), volumes=site.volumes,

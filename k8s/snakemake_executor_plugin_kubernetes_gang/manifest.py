@@ -264,7 +264,7 @@ def _resources(spec: GangSpec) -> Json:
     """Memory and GPUs are guaranteed; idle CPUs may be used beyond the request."""
     memory, gpus = f"{spec.memory_mb}M", {GPU: str(spec.gpus)} if spec.gpus else {}
     return {
-        "requests": {"cpu": str(spec.cpus), "memory": memory, **gpus},
+        "requests": {"cpu": spec.cpu, "memory": memory, **gpus},
         "limits": {"memory": memory, **gpus},
     }
 

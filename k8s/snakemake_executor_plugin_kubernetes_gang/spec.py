@@ -38,7 +38,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class GangSpec:
-    """A gang. Sizes are per pod: GPUs, CPUs, MB (10^6 bytes); `runtime_s` counts from a pod's start."""
+    """A gang. Sizes are per pod: GPUs, CPUs (as Kubernetes writes them), MB (10^6 bytes); `runtime_s` counts from a pod's start."""
 
     name: str
     command: str
@@ -52,7 +52,7 @@ class GangSpec:
     backend: str = "job"
     nodes: int = 1
     gpus: int = 0
-    cpus: int = 1
+    cpu: str = "1"
     memory_mb: int = 1000
     shm_mb: int = 64
     runtime_s: int = 0
@@ -66,11 +66,14 @@ class GangSpec:
     template: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.gpus < 0 or self.cpus < 1 or self.memory_mb < 1:
+        if self.nodes < 1 or self.gpus < 0 or self.memory_mb < 1:
             raise SpecError(
-                f"{self.name}: nodes={self.nodes}, gpus={self.gpus}, threads={self.cpus}, "
-                f"mem_mb={self.memory_mb}: nodes, threads and mem_mb must be at least 1, gpus at least 0. "
-                "Correct the rule's resources."
+                f"{self.name}: nodes={self.nodes}, gpus={self.gpus}, mem_mb={self.memory_mb}: nodes and mem_mb must "
+                "be at least 1, gpus at least 0. Correct the rule's resources."
+            )
+        if not re.fullmatch(r"\d+m|\d+(\.\d+)?", self.cpu):
+            raise SpecError(
+                f"{self.name}: cpu={self.cpu}: write CPUs like 2, 0.5 or 500m. Correct the rule's resources."
             )
         if self.shm_mb >= self.memory_mb:
             raise SpecError(

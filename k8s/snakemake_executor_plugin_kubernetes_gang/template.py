@@ -36,7 +36,7 @@ REFUSED = {
     "spec.containers[main].image": "set kubernetes-gang-image, or the rule's container:",
     "spec.containers[main].resources.limits.memory": "set the rule's resource mem_mb",
     "spec.containers[main].resources.requests.memory": "set the rule's resource mem_mb",
-    "spec.containers[main].resources.requests.cpu": "set the rule's threads",
+    "spec.containers[main].resources.requests.cpu": "set the rule's threads, or its resource cpu",
     "spec.containers[main].resources.limits.nvidia.com/gpu": "set the rule's resource gpus",
     "spec.containers[main].resources.requests.nvidia.com/gpu": "set the rule's resource gpus",
 }

@@ -10,6 +10,7 @@ from . import status
 
 Json = Mapping[str, Any]
 
+AT_ONCE = ("ErrImageNeverPull", "InvalidImageName")  # no second try will do better
 IMAGE_REASONS = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -92,8 +93,12 @@ def image(case: Case) -> Cause | None:
         return None
     pod, waiting = found
     image = pod["spec"]["containers"][0]["image"]
+    # A pull that fails alternates between two reasons.
+    reason = (
+        "image" if "Pull" in waiting["reason"] and waiting["reason"] not in AT_ONCE else waiting["reason"]
+    )
     return Cause(
-        waiting["reason"],
+        reason,
         f"{name_of(pod)} cannot get its image {image}",
         f"{waiting['reason']}: {waiting.get('message', '')}",
         "check the name, the registry and imagePullSecrets",

@@ -18,9 +18,8 @@ Json = dict[str, Any]
 EVENTS_EVERY_S = 10.0
 SAY_AFTER_S = 5.0
 BROKEN_S = 20.0  # for a gang's own controller to notice that a pod is gone
-AT_ONCE = ("ErrImageNeverPull", "InvalidImageName")
 # Seconds after which what does not start will not: pulls and mounts are tried again by the kubelet.
-PATIENCE_S = {"ErrImagePull": 300, "ImagePullBackOff": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300}
+PATIENCE_S = {"image": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300}
 CONFIG_PATIENCE_S = 60
 WAITS_FOR_ITS_TURN = ("unschedulable", "quota", "queue")
 
@@ -169,7 +168,7 @@ class Watcher:
         return None
 
     def _patience(self, reason: str) -> float:
-        if reason in AT_ONCE:
+        if reason in waits.AT_ONCE:
             return 0.0
         if reason in WAITS_FOR_ITS_TURN:
             return float("inf")
@@ -180,7 +179,7 @@ class Watcher:
             if text:
                 self._say(f"{watch.spec.name}: {text}")
             elif watch.said:
-                self._say(f"{watch.spec.name}: all {watch.spec.nodes} pods run now")
+                self._say(f"{watch.spec.name}: it runs now")
             watch.said = reason
 
     def _waits(self, watch: Watch, gang: Json, now: status.Status) -> waits.Cause | None:
@@ -209,7 +208,7 @@ class Watcher:
         events = [
             e for e in self._warnings() if _is_about(e, spec.name, gang["metadata"]["creationTimestamp"])
         ]
-        asked = f"{spec.nodes} x ({spec.gpus} GPUs, {spec.cpus} CPUs, {spec.memory_mb} MB)"
+        asked = f"{spec.nodes} x ({spec.gpus} GPUs, {spec.cpu} CPUs, {spec.memory_mb} MB)"
         return waits.Case(gang, now.pods, events, tails, asked)
 
     def _warnings(self) -> list[Json]:
@@ -239,6 +238,7 @@ class Watcher:
 
     def _end(self, watch: Watch, gang: Json, now: status.Status, cause: waits.Cause) -> Verdict | None:
         """A gang that was deleted has ended when none of its pods can write any more."""
+        self._gangs.end(gang)
         live = [
             p
             for p in self._gangs.pods_of(gang)

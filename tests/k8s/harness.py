@@ -177,9 +177,9 @@ class Workdir:
             "--executor", "kubernetes-gang", "--kubernetes-gang-image", IMAGE,
             "--kubernetes-gang-volumes", f"{CLAIM}:{volume()}", "--kubernetes-gang-pod-template", str(self.template),
             "--jobs", "20", "--seconds-between-status-checks", "1", "--rerun-incomplete", "--latency-wait", "10",
-            "--workflow-profile", "none", "--nocolor",
+            "--workflow-profile", "none", "--nocolor", "--default-resources", "cpu='100m'",
         ]  # fmt: skip
-        return [*as_owner(), sys.executable, "-m", "snakemake", *arguments, *options]
+        return [*as_owner(), sys.executable, "-m", "snakemake", *options, *arguments]
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """Start Snakemake; what it prints goes to `log`, anew each time."""

@@ -43,7 +43,7 @@ def spec(**changes: object) -> GangSpec:
         project="/volume/code/Snakefile", image="registry.example/rlhf:1", state_dir="/volume/run/.snakemake/state/sft",
         token="11111111", uid=1000, gid=1000, volumes=(Volume("data", "/volume"),), runtime_s=3600,
         labels={manifest.LABEL_PLACE: "abcdef"}, annotations={manifest.FINGERPRINT: "f" * 64, manifest.TOKEN: "11111111"},
-        env={"HOME": "/tmp", "OMP_NUM_THREADS": "4"}, cpus=4, memory_mb=16000, shm_mb=4000,
+        env={"HOME": "/tmp", "OMP_NUM_THREADS": "4"}, cpu="4", memory_mb=16000, shm_mb=4000,
     )  # fmt: skip
     return GangSpec(**{**values, **changes})  # type: ignore[arg-type]
 

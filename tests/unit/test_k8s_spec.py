@@ -41,10 +41,11 @@ def test_volumes():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"nodes": 0}, {"gpus": -1}, {"cpus": 0}, {"memory_mb": 100, "shm_mb": 100}]
+    "changes",
+    [{"nodes": 0}, {"gpus": -1}, {"memory_mb": 0}, {"cpu": "many"}, {"memory_mb": 100, "shm_mb": 100}],
 )
 def test_impossible_sizes_are_refused(changes):
-    with pytest.raises(spec.SpecError, match="mem_mb"):
+    with pytest.raises(spec.SpecError, match=r"Correct the rule|mem_mb"):
         spec.GangSpec(
             name="x",
             command="",
