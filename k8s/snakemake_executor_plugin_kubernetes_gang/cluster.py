@@ -158,9 +158,12 @@ class Cluster:
                     self._reload()
                 elif error.status not in (401, *TRANSIENT):
                     raise
-                self.pause(attempt, str(error), error.retry_after_s)
+                if attempt == 2:
+                    self._say(f"the API server cannot do what is asked, trying on: {error}")
+                wait(attempt, error.retry_after_s)
             except Unreachable as error:
-                self.pause(attempt, str(error))
+                self.is_away(str(error))
+                wait(attempt)
         raise AssertionError("not reached")
 
     def _reload(self) -> None:
@@ -170,13 +173,12 @@ class Cluster:
         except Unreachable as error:
             self._say(f"credentials cannot be read again: {error}")
 
-    def pause(self, attempt: int, why: str, least_s: float = 0.0) -> None:
-        """Wait before the next attempt; say so the first time."""
+    def is_away(self, why: str) -> None:
+        """Say once that the API is away."""
         with self._lock:
-            if not self._away_since and attempt:
+            if not self._away_since:
                 self._away_since = time.monotonic()
                 self._say(f"the API server does not answer, waiting for it; running gangs go on ({why})")
-        time.sleep(max(least_s, min(10.0, 0.25 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)))
 
     def is_back(self) -> None:
         with self._lock:
@@ -309,6 +311,11 @@ class Cluster:
         finally:
             if answer is not None:
                 answer.close()
+
+
+def wait(attempt: int, least_s: float = 0.0) -> None:
+    """Wait before the next attempt: longer each time, up to ten seconds, never in step with others."""
+    time.sleep(max(least_s, min(10.0, 0.25 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)))
 
 
 def _lines(answer: Any) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Iterable
@@ -68,14 +69,14 @@ def spec_of(job: Any, site: Site, inner_command: Any) -> GangSpec:
     memory = int(resources.get("mem_mb", 1000))
     image = _image(job, site)
     mark = fingerprint(job, command, image, nodes, gpus)
-    token = uuid.uuid4().hex
+    token, threads = uuid.uuid4().hex, math.ceil(int(job.threads) / nodes)
     return GangSpec(
         name=name, command=command, image=image, token=token, backend=site.settings.backend,
         workdir=str(Path(job.shadow_dir or site.workdir).absolute()) if is_direct(job) else site.workdir,
         project=site.project, state_dir=str(site.state / name), uid=os.getuid(), gid=os.getgid(),
-        nodes=nodes, gpus=gpus, cpu=str(resources.get("cpu", job.threads)), memory_mb=memory,
+        nodes=nodes, gpus=gpus, cpu=str(resources.get("cpu", threads)), memory_mb=memory,
         shm_mb=int(resources.get("shm_mb", memory // 4)), runtime_s=60 * int(resources.get("runtime", 0)),
-        start_timeout_s=site.settings.start_timeout, env=_environment(int(job.threads), site.settings),
+        start_timeout_s=site.settings.start_timeout, env=_environment(threads, site.settings),
         secret_env=dict.fromkeys(site.secret_env, site.settings.env_secret or ""), volumes=site.volumes,
         labels={manifest.LABEL_PLACE: site.place},
         annotations={manifest.FINGERPRINT: mark, manifest.TOKEN: token, **_description(job, site)},

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from .cluster import ApiError, Cluster, Unreachable
+from .cluster import ApiError, Cluster, Unreachable, wait
 
 Json = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Mirror(threading.Thread):
         self._lock = threading.Lock()
         self._objects: dict[str, dict[str, Json]] = {}
         self._gone: set[str] = set()
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
         self.synced = threading.Event()
 
     def of(self, key: str) -> list[Json]:
@@ -46,11 +46,11 @@ class Mirror(threading.Thread):
                 self._gone.discard(uid)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stopped.set()
 
     def run(self) -> None:
         attempt = 0
-        while not self._stop.is_set():
+        while not self._stopped.is_set():
             try:
                 items, version = self._cluster.list_version(self._kind, self._selector)
                 self._replace(items)
@@ -59,15 +59,15 @@ class Mirror(threading.Thread):
                 attempt = 0
             except ApiError as error:  # 410: our version is too old, the list starts anew
                 if error.status != 410:
-                    self._cluster.pause(attempt, str(error), error.retry_after_s)
+                    wait(attempt, error.retry_after_s)
                     attempt += 1
-            except Unreachable as error:
-                self._cluster.pause(attempt, str(error))
+            except Unreachable:  # the list, which comes next, says so if it lasts
+                wait(attempt)
                 attempt += 1
 
     def _follow(self, version: str) -> None:
         """Watch on and on from `version`; bookmarks keep it fresh."""
-        while not self._stop.is_set():
+        while not self._stopped.is_set():
             for change in self._cluster.watch(self._kind, self._selector, version):
                 self._cluster.is_back()
                 thing = {"kind": self._kind, **change["object"]}

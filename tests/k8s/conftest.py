@@ -8,6 +8,14 @@ import pytest
 
 import harness
 
+# Faults of nodes come before controllers are installed on them: their webhooks would be away too.
+ORDER = ("gangs", "life", "failures", "outages", "pipeline", "backends")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def live():
@@ -16,7 +24,8 @@ def live():
     if reason:
         pytest.skip(reason)
     harness.cluster("up")
-    harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", str(harness.REPO / "k8s" / "base" / "rbac.yaml"))
+    for name in ("rbac.yaml", "rbac-backends.yaml"):
+        harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", str(harness.REPO / "k8s" / "base" / name))
     os.chown(harness.volume(), harness.OWNER, harness.OWNER)
     yield
     if not os.environ.get("K8S_TEST_KEEP"):

@@ -7,6 +7,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -190,3 +191,32 @@ def test_a_failed_rank_ends_its_gang_and_the_retry_goes_on_from_the_checkpoint(w
     assert "tried again (attempt 2 of 2)" in said
     assert runs(place) == 2
     assert said.count("step 2\n") == 1, "the second attempt began after the checkpoint"
+
+
+def test_gc_removes_what_nobody_waits_for_and_nothing_else(workdir):
+    place = workdir(counting(4))
+    process = place.start()
+    wait_until("it runs", lambda: runs(place))
+    kill(process)
+    place.unlock()
+    running = workdir(counting(60))
+    other = running.start()
+    wait_until("the other runs", lambda: runs(running))
+    wait_until("it ends alone", lambda: ended(place))
+    service = {
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "left", "labels": {"app.kubernetes.io/managed-by": "kubernetes-gang"}},
+        "spec": {"clusterIP": "None", "selector": {"x": "y"}},
+    }  # fmt: skip
+    harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=service)
+    command = [sys.executable, "-m", "snakemake_executor_plugin_kubernetes_gang", "gc", "--hours", "0"]
+    environment = {**place.environment(), "KUBECONFIG": str(harness.directory() / "kubeconfig")}
+    shown = subprocess.run(command, env=environment, input="n\n", capture_output=True, text=True, check=True)
+    assert "has succeeded" in shown.stdout
+    assert "Service left: belongs to no gang" in shown.stdout
+    assert place.objects("jobs"), "it asks first"
+    subprocess.run([*command, "--yes"], env=environment, capture_output=True, check=True)
+    wait_until("they are gone", lambda: not place.objects("jobs"))
+    assert not [s for s in harness.get("services") if s["metadata"]["name"] == "left"]
+    assert running.objects("jobs"), "a running gang is not touched"
+    kill(other)
