@@ -110,6 +110,7 @@ def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
         "--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(processes),
         "--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1"), "--master-port", port,
         "--log-dir", f"{log}.ranks", *(["--redirects", quiet] if quiet else []),
+        "--",  # what follows is the script's, though torchrun has options that begin alike
     ]  # fmt: skip
 
 
