@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from . import explain, jobs, logs, status, waits
-from .cluster import ApiError
 from .gangs import FENCE_S, UNANSWERED_S, Gangs, write_state
+from .news import News
 from .spec import GangSpec
 
 Json = dict[str, Any]
 
-EVENTS_EVERY_S = 10.0
+JOB_UID = "kueue.x-k8s.io/job-uid"
 SAY_AFTER_S = 5.0
 BROKEN_S = 20.0  # for a gang's own controller to notice that a pod is gone
 # Seconds after which what does not start will not: pulls and mounts are tried again by the kubelet.
@@ -58,22 +58,18 @@ class Watcher:
         self, gangs: Gangs, site: jobs.Site, say: Callable[[str], None], show: Callable[[str, str], None]
     ):
         self._gangs, self._site, self._say, self._show = gangs, site, say, show
-        self._watches: dict[str, Watch] = {}
-        self._events: list[Json] = []
-        self._events_at = -EVENTS_EVERY_S
-        self._events_forbidden = False
+        self._watches: dict[int, Watch] = {}  # by the job's identity
+        self._news = News(gangs.cluster, say)
 
     def begin(self, job: Any, spec: GangSpec, gang: Json) -> Watch:
         watch = Watch(job, spec, gang)
-        self._watches[spec.name] = watch
+        self._watches[id(job)] = watch
         return watch
 
     def forget(self, job: Any) -> Json | None:
         """Stop watching a job's gang and return its object."""
-        for name, watch in self._watches.items():
-            if watch.job is job:
-                return self._watches.pop(name).gang
-        return None
+        watch = self._watches.pop(id(job), None)
+        return watch.gang if watch else None
 
     def stop(self) -> None:
         for watch in self._watches.values():
@@ -188,42 +184,21 @@ class Watcher:
         return waits.why(self._case(watch, gang, now))
 
     def _queued(self, gang: Json) -> waits.Cause | None:
-        try:
-            found = self._gangs.cluster.once(
-                "GET",
-                self._gangs.cluster.path("Workload"),
-                {"labelSelector": f"kueue.x-k8s.io/job-uid={gang['metadata']['uid']}"},
-            )
-        except ApiError:
+        uid = gang["metadata"]["uid"]
+        mine = [w for w in self._news.workloads() if w["metadata"].get("labels", {}).get(JOB_UID) == uid]
+        if not mine:
             return waits.Cause(
                 "queue", "it is suspended, as by a queue", "", "it starts when its queue lets it"
             )
-        waiting = [waits.kueue(workload) for workload in found["items"]]
-        return next(filter(None, waiting), None)
+        return next(filter(None, map(waits.kueue, mine)), None)
 
     def _case(
         self, watch: Watch, gang: Json, now: status.Status, tails: dict[int, str] | None = None
     ) -> waits.Case:
         spec = watch.spec
-        events = [
-            e for e in self._warnings() if _is_about(e, spec.name, gang["metadata"]["creationTimestamp"])
-        ]
+        events = self._news.warnings(spec.name, gang["metadata"]["creationTimestamp"])
         asked = f"{spec.nodes} x ({spec.gpus} GPUs, {spec.cpu} CPUs, {spec.memory_mb} MB)"
         return waits.Case(gang, now.pods, events, tails, asked)
-
-    def _warnings(self) -> list[Json]:
-        """Warnings of the namespace: one request for all gangs, not often."""
-        if time.monotonic() - self._events_at < EVENTS_EVERY_S or self._events_forbidden:
-            return self._events
-        self._events_at = time.monotonic()
-        try:
-            self._events = self._gangs.cluster.once(
-                "GET", self._gangs.cluster.path("Event"), {"fieldSelector": "type=Warning"}
-            )["items"]
-        except ApiError as error:
-            self._events_forbidden = error.status == 403
-            self._say(f"events cannot be read, so some reasons stay unknown: {error}")
-        return self._events
 
     # -- the end ----------------------------------------------------------------------------
 
@@ -233,7 +208,7 @@ class Watcher:
 
     def _fail(self, watch: Watch, gang: Json, now: status.Status) -> Verdict:
         tails = self._collect(watch, now)
-        self._events_at = -EVENTS_EVERY_S
+        self._news.refresh()
         return self._failure(watch, explain.explain(self._case(watch, gang, now, tails)))
 
     def _end(self, watch: Watch, gang: Json, now: status.Status, cause: waits.Cause) -> Verdict | None:
@@ -290,9 +265,3 @@ class Watcher:
     def _rank0(self, watch: Watch) -> bytes:
         path = self._log_path(watch, 0)
         return logs.without_stamps(path.read_bytes()) if path.exists() else b""
-
-
-def _is_about(event: Json, name: str, since: str) -> bool:
-    about = event.get("involvedObject", {}).get("name", "")
-    last = event.get("lastTimestamp") or event.get("eventTime") or since
-    return (about == name or about.startswith(f"{name}-")) and last >= since

@@ -9,7 +9,7 @@ import pytest
 import harness
 
 # Faults of nodes come before controllers are installed on them: their webhooks would be away too.
-ORDER = ("gangs", "life", "failures", "outages", "pipeline", "backends")
+ORDER = ("gangs", "life", "failures", "outages", "pipeline", "backends", "base")
 
 
 @pytest.hookimpl(trylast=True)
@@ -23,7 +23,7 @@ def live():
     reason = harness.why_not()
     if reason:
         pytest.skip(reason)
-    harness.cluster("up")
+    harness.start_cluster()
     for name in ("rbac.yaml", "rbac-backends.yaml"):
         harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", str(harness.REPO / "k8s" / "base" / name))
     os.chown(harness.volume(), harness.OWNER, harness.OWNER)

@@ -62,6 +62,21 @@ def cluster(*arguments: str, check: bool = True) -> str:
     return run.stdout
 
 
+def audit_log() -> Path:
+    return directory() / "audit.log"
+
+
+def start_cluster() -> None:
+    """Start the cluster; its API server notes what the ServiceAccount of k8s/base asks for."""
+    directory().mkdir(parents=True, exist_ok=True)
+    user = f"system:serviceaccount:{NAMESPACE}:snakemake"
+    rules = [{"level": "Metadata", "users": [user], "omitStages": ["RequestReceived"]}, {"level": "None"}]
+    policy = directory() / "audit-policy.yaml"
+    policy.write_text(yaml.safe_dump({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules}))
+    os.environ["APISERVER_EXTRA"] = f"--audit-policy-file={policy} --audit-log-path={audit_log()}"
+    cluster("up")
+
+
 def volume() -> Path:
     return directory() / "pvc"
 
@@ -154,6 +169,7 @@ class Workdir:
         credentials(self.path / "kubeconfig")
         self.give()
         self.log = self.path / "controller.log"
+        self.cwd = self.path
 
     def give(self) -> None:
         subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", str(self.path)], check=True)
@@ -177,7 +193,7 @@ class Workdir:
             "--executor", "kubernetes-gang", "--kubernetes-gang-image", IMAGE,
             "--kubernetes-gang-volumes", f"{CLAIM}:{volume()}", "--kubernetes-gang-pod-template", str(self.template),
             "--jobs", "20", "--seconds-between-status-checks", "1", "--rerun-incomplete", "--latency-wait", "10",
-            "--workflow-profile", "none", "--nocolor", "--default-resources", "cpu='100m'",
+            "--workflow-profile", "none", "--default-resources", "cpu='100m'", "--nocolor",
         ]  # fmt: skip
         return [*as_owner(), sys.executable, "-m", "snakemake", *options, *arguments]
 
@@ -185,7 +201,7 @@ class Workdir:
         """Start Snakemake; what it prints goes to `log`, anew each time."""
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self.command(*arguments), cwd=self.path, env={**self.environment(), **environment},
+                self.command(*arguments), cwd=self.cwd, env={**self.environment(), **environment},
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -58,28 +60,46 @@ def queue(gpus: int) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def gangs(controllers):
+    """For each backend a gang that ends well and one that is restarted: directory, exit code, output."""
+
+    def one(case: tuple[str, int]):
+        backend, retries = case
+        place = harness.Workdir(f"{backend}-{retries}", GANG.format(retries=retries))
+        return case, (place, *place.run("--kubernetes-gang-backend", backend))
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(pool.map(one, [(backend, retries) for backend in BACKENDS for retries in (0, 1)]))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gang_ends_well(workdir, backend):
-    place = workdir(GANG.format(retries=0))
-    code, said = place.run("--kubernetes-gang-backend", backend)
+def test_a_gang_ends_well(gangs, backend):
+    place, code, said = gangs[backend, 0]
     assert code == 0, said
     assert sorted((place.path / "ranks").read_text().split()) == ["0", "1"]
     assert f"rank 0 as {harness.OWNER}" in said, "the command is not root, under no backend"
     for path in (place.path / "out").iterdir():
         assert path.stat().st_uid == harness.OWNER
-    wait_until(
-        "nothing is left",
-        lambda: not place.objects("pods,jobs,services,jobsets,trainjobs,trainingruntimes,deepspeedjobs"),
-    )
+    everything = "pods,jobs,services,jobsets,trainjobs,trainingruntimes,deepspeedjobs"
+    wait_until("nothing is left", lambda: not place.objects(everything))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gang_fails_and_is_restarted(workdir, backend):
-    place = workdir(GANG.format(retries=1))
-    code, said = place.run("--kubernetes-gang-backend", backend)
+def test_a_gang_fails_and_is_restarted(gangs, backend):
+    place, code, said = gangs[backend, 1]
     assert code == 0, said
     assert "ended with exit code 9" in said
     assert sorted((place.path / "ranks").read_text().split()) == ["0", "0", "1", "1"]
+
+
+def test_the_volumes_owner_can_delete_what_a_deepspeedjob_made(gangs):
+    """What a DeepSpeedJob's pods, which are root, have written, the volume's owner can delete."""
+    place, _, _ = gangs["deepspeedjob", 0]
+    subprocess.run(
+        [*harness.as_owner(), "rm", "-r", str(place.path / "out"), str(place.path / "ranks")], check=True
+    )
+    assert not (place.path / "out").exists()
 
 
 def test_the_older_spelling_of_deepspeedjob(workdir, controllers):
