@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-quick bench learn lint fmt
+.PHONY: setup demo test test-quick test-k8s test-image bench bench-k8s image learn lint fmt
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -32,6 +32,28 @@ test-quick: setup
 
 bench: setup
 	$(BIN)/python tests/bench/data.py
+
+# On a real cluster that it starts itself; says why where it cannot. K8S_REQUIRED=1 makes that an error.
+test-k8s: setup
+	$(BIN)/python tests/k8s/harness.py || { test -z "$$K8S_REQUIRED" && exit 0; exit 1; } && \
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/run_layers.py k8s
+
+# The image's install steps, in a plain Debian root directory.
+test-image: setup
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/run_layers.py image
+
+bench-k8s: setup
+	$(BIN)/python tests/k8s/benchmark.py
+
+# One image for pods and driver, built and pushed by whichever builder there is.
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $(tool) 2>/dev/null)))
+STAGE ?= training
+
+image:
+	@test -n "$(IMAGE)" || { echo "make image IMAGE=registry/name:tag [STAGE=training|t9k] [BASE=...]" >&2; exit 2; }
+	@test -n "$(BUILDER)" || { echo "none of docker, podman, buildah is installed" >&2; exit 2; }
+	$(BUILDER) build -f envs/Dockerfile --target $(STAGE) $(if $(BASE),--build-arg BASE=$(BASE)) -t $(IMAGE) .
+	$(BUILDER) push $(IMAGE)
 
 learn: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/learn/learn.py

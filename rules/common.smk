@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import shutil
 import sys
@@ -117,6 +118,13 @@ def run_options(path):
 def run_value(path, name):
     """A function of the wildcards: one value of how it is run."""
     return lambda wildcards: getattr(artefact(path)(wildcards).run, name)
+
+
+def cpu_per_node(path):
+    """A function of the wildcards: CPUs of each pod. Snakemake cuts `threads` to its own machine's."""
+    return lambda wildcards: math.ceil(
+        artefact(path)(wildcards).run.cores / artefact(path)(wildcards).run.nodes
+    )
 
 
 def describe(path):

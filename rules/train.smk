@@ -13,6 +13,7 @@ rule sft:
     resources:
         nodes=run_value("store/sft/{name}", "nodes"),
         gpus=run_value("store/sft/{name}", "gpus"),
+        cpu=cpu_per_node("store/sft/{name}"),
         mem_mb=run_value("store/sft/{name}", "mem_mb"),
         shm_mb=run_value("store/sft/{name}", "shm_mb"),
         runtime=run_value("store/sft/{name}", "runtime"),
@@ -47,6 +48,7 @@ rule reward:
     resources:
         nodes=run_value("store/reward/{name}", "nodes"),
         gpus=run_value("store/reward/{name}", "gpus"),
+        cpu=cpu_per_node("store/reward/{name}"),
         mem_mb=run_value("store/reward/{name}", "mem_mb"),
         shm_mb=run_value("store/reward/{name}", "shm_mb"),
         runtime=run_value("store/reward/{name}", "runtime"),
@@ -81,6 +83,7 @@ rule rlhf:
     resources:
         nodes=run_value("store/rlhf/{name}", "nodes"),
         gpus=run_value("store/rlhf/{name}", "gpus"),
+        cpu=cpu_per_node("store/rlhf/{name}"),
         mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
         shm_mb=run_value("store/rlhf/{name}", "shm_mb"),
         runtime=run_value("store/rlhf/{name}", "runtime"),

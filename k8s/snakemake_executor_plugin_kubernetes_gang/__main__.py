@@ -1,0 +1,77 @@
+"""Remove gangs that nobody waits for any more: `python -m snakemake_executor_plugin_kubernetes_gang gc`.
+
+Shown first, deleted after a question. Running gangs are never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from . import manifest, status
+from .cluster import ApiError, Cluster, Unreachable
+
+HELPERS = ("Service", "TrainingRuntime")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("action", choices=["gc"])
+    parser.add_argument("--namespace", help="default: the one of the credentials")
+    parser.add_argument("--context", help="of the kubeconfig")
+    parser.add_argument("--hours", type=float, default=24.0, help="leave what is younger (default: 24)")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    args = parser.parse_args()
+    try:
+        cluster = Cluster(args.context, args.namespace, lambda text: print(text, file=sys.stderr))
+        found = orphans(cluster, args.hours)
+    except (ApiError, Unreachable) as error:
+        sys.exit(f"error: {error}")
+    for thing, why in found:
+        print(
+            f"{thing['kind']} {thing['metadata']['name']}: {why}, made {thing['metadata']['creationTimestamp']}"
+        )
+    if not found:
+        print("nothing to remove")
+    elif args.yes or input(f"delete these {len(found)}? [y/N] ").strip().lower() == "y":
+        for thing, _ in found:
+            cluster.delete(thing)
+
+
+def orphans(cluster: Cluster, hours: float) -> list[tuple[dict[str, Any], str]]:
+    """Return ended gangs, and helpers whose gang was never made, older than `hours`; and why.
+
+    Raises:
+        ApiError, Unreachable: they cannot be listed.
+    """
+    found = []
+    for kind in (*manifest.KINDS.values(), *HELPERS):
+        for thing in _listed(cluster, kind):
+            age = time.time() - status.seconds(thing["metadata"]["creationTimestamp"])
+            why = _why(thing)
+            if why and age > hours * 3600:
+                found.append((thing, why))
+    return found
+
+
+def _listed(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
+    selector = ",".join(f"{name}={value}" for name, value in manifest.MANAGED_BY.items())
+    try:
+        return cluster.list_all(kind, selector)
+    except ApiError as error:
+        if error.status in (403, 404):  # a backend that this cluster or this account has not
+            return []
+        raise
+
+
+def _why(thing: dict[str, Any]) -> str:
+    if thing["kind"] in HELPERS:
+        return "" if thing["metadata"].get("ownerReferences") else "belongs to no gang"
+    read = status.read(thing, (), 1)
+    return f"has {read.phase}" if read.ended else ""
+
+
+if __name__ == "__main__":
+    main()

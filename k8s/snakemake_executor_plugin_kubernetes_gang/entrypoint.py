@@ -1,0 +1,59 @@
+"""What a pod runs around the rule's command.
+
+Everything it needs comes as environment variables, so that the text is the same for every gang.
+
+- It finds out whether this pod sees the controller's working directory and project: the controller
+  writes a token into the gang's state directory before it submits.
+- It stops when that token is another one: a pod on a node that has lost its connection to the cluster
+  cannot be ended by the cluster, and must not write beside its successor.
+- Rank 0's address exists a moment after its pod; until then other ranks would fail to resolve it.
+"""
+
+# Exit codes below 64 belong to commands, above 125 to shells.
+CODE_OTHER_VOLUME = 97
+CODE_SUPERSEDED = 98
+CODE_NO_ADDRESS = 99
+POLL_S = 3
+
+ENTRYPOINT = rf"""
+say() {{ echo "kubernetes-gang: $*" >&2; }}
+for try in 1 2 3 4 5 6 7 8 9 10; do
+  [ -r "$GANG_STATE/token" ] && [ -e "$GANG_PROJECT" ] && cd "$GANG_WORKDIR" 2>/dev/null && break
+  sleep 3
+done
+[ -r "$GANG_STATE/token" ] || {{ say "this pod does not see the controller's working directory: \
+$GANG_STATE/token is missing. Mount the same volume at the same path"; exit {CODE_OTHER_VOLUME}; }}
+[ -e "$GANG_PROJECT" ] || {{ say "this pod does not see the project: $GANG_PROJECT is missing. \
+Put it on the volume, or into the image at the same path"; exit {CODE_OTHER_VOLUME}; }}
+cd "$GANG_WORKDIR" || exit {CODE_OTHER_VOLUME}
+current() {{ local token; read -r token < "$GANG_STATE/token" 2>/dev/null || return 0; [ "$token" = "$GANG_TOKEN" ]; }}
+current || {{ say "another gang of this name has been started; this pod ends"; exit {CODE_SUPERSEDED}; }}
+if [ "${{NNODES:-1}}" -gt 1 ]; then
+  waited=0
+  until getent hosts "$MASTER_ADDR" >/dev/null; do
+    [ "$waited" -lt "$GANG_START_TIMEOUT" ] || {{ say "no address for $MASTER_ADDR after $waited s"; exit {CODE_NO_ADDRESS}; }}
+    sleep 1; waited=$((waited + 1))
+  done
+fi
+set -m
+bash -c "trap : TERM; $GANG_COMMAND" &
+child=$!
+set +m
+trap 'kill -TERM -- "-$child" 2>/dev/null' TERM INT
+while kill -0 "$child" 2>/dev/null; do
+  current || {{ say "another gang of this name has been started; this pod ends"; kill -KILL -- "-$child"; exit {CODE_SUPERSEDED}; }}
+  sleep {POLL_S} & timer=$!
+  wait -n "$child" "$timer"
+  kill "$timer" 2>/dev/null
+done
+wait "$child"
+"""
+
+# Under DeepSpeedJob sshd, pdsh and DeepSpeed's launcher are root; the program itself is not, so that
+# all it writes belongs to the volume's owner. IPC_LOCK is kept where the pod has it: RDMA needs it.
+AS_OWNER = r"""
+keep=
+setpriv --inh-caps=+ipc_lock --ambient-caps=+ipc_lock true 2>/dev/null && keep="--inh-caps=+ipc_lock --ambient-caps=+ipc_lock"
+export HOME=/tmp
+exec setpriv --reuid="$GANG_UID" --regid="$GANG_GID" --clear-groups $keep bash "$GANG_STATE/entrypoint.sh"
+"""

@@ -1,0 +1,222 @@
+"""The life of gangs on a cluster: found, created, replaced, ended; one writer at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import manifest, status
+from .cluster import ApiError, Cluster
+from .entrypoint import POLL_S
+from .mirror import Mirror
+from .spec import GangSpec
+
+Json = dict[str, Any]
+
+# A pod looks at its token every POLL_S; a shared file system may show it an old one for some time.
+FENCE_S = 3 * POLL_S + 6
+UNANSWERED_S = 15  # beyond a pod's grace period: its node does not answer
+
+
+class Foreign(Exception):
+    """An object of the gang's name that is not ours."""
+
+
+class Gangs:
+    """All gangs of one working directory. `say` tells the user what is done."""
+
+    def __init__(self, cluster: Cluster, place: str, kinds: set[str], say: Callable[[str], None]):
+        self.cluster, self.place, self._say = cluster, place, say
+        selector = f"{manifest.LABEL_PLACE}={place}"
+        self.pods = Mirror(cluster, "Pod", selector, manifest.LABEL_GANG)
+        self.objects = {kind: Mirror(cluster, kind, selector, manifest.LABEL_GANG) for kind in kinds}
+
+    def start(self) -> None:
+        """Check that the credentials suffice, then watch.
+
+        Raises:
+            ApiError, Unreachable: at the start the API must be there.
+        """
+        for kind in ("Pod", *self.objects):
+            self.cluster.once("GET", self.cluster.path(kind), {"limit": 1})
+        for mirror in self._mirrors():
+            mirror.start()
+
+    def stop(self) -> None:
+        for mirror in self._mirrors():
+            mirror.stop()
+
+    def _mirrors(self) -> list[Mirror]:
+        return [self.pods, *self.objects.values()]
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def find(self, spec: GangSpec) -> Json | None:
+        """Return the gang of this name, as the API server has it now.
+
+        Raises:
+            Foreign: the name is taken by somebody else.
+        """
+        kind = manifest.kind_of(spec)
+        found = self.cluster.get(kind, spec.name)
+        if found and found["metadata"].get("labels", {}).get(manifest.LABEL_PLACE) != self.place:
+            raise Foreign(
+                f"{kind} {spec.name} exists and is not of this working directory; delete it, or use another namespace"
+            )
+        return {"kind": kind, **found} if found else None
+
+    def read(self, gang: Json, nodes: int) -> tuple[Json, status.Status]:
+        """Return a gang's newest object and status, as the mirrors have them."""
+        name, uid = gang["metadata"]["name"], gang["metadata"]["uid"]
+        newest = [thing for thing in self.objects[gang["kind"]].of(name) if thing["metadata"]["uid"] == uid]
+        return (newest or [gang])[0], status.read((newest or [gang])[0], self.pods_of(gang), nodes)
+
+    def pods_of(self, gang: Json) -> list[Json]:
+        """Return all pods this very gang ever had, not those of a predecessor of its name."""
+        born = gang["metadata"]["creationTimestamp"]
+        pods = self.pods.of(gang["metadata"]["name"])
+        return [
+            pod for pod in pods if pod["metadata"]["creationTimestamp"] >= born and self._is_of(pod, gang)
+        ]
+
+    def _is_of(self, pod: Json, gang: Json) -> bool:
+        owners = {owner["uid"] for owner in pod["metadata"].get("ownerReferences", [])}
+        # A JobSet's or TrainJob's pods belong to a Job in between; its name begins with the gang's.
+        return gang["kind"] not in ("Job", "DeepSpeedJob") or gang["metadata"]["uid"] in owners
+
+    def is_gone(self, gang: Json) -> bool:
+        """Whether somebody has deleted the object; asked twice, a mirror may be late."""
+        return self.objects[gang["kind"]].is_gone(gang) and self._has_vanished(gang)
+
+    def _has_vanished(self, gang: Json) -> bool:
+        try:
+            found = self.cluster.once("GET", self.cluster.path(gang["kind"], gang["metadata"]["name"]))
+        except ApiError as error:
+            return error.status == 404
+        return bool(found["metadata"]["uid"] != gang["metadata"]["uid"])
+
+    # -- doing ------------------------------------------------------------------------------
+
+    def create(self, spec: GangSpec) -> Json:
+        """Create a gang whose name is free, and return its object.
+
+        Raises:
+            ApiError: the cluster refuses it.
+        """
+        write_state(spec)
+        *helpers, body = manifest.manifests(spec)
+        made = []
+        try:
+            made = [self._create_helper(helper) for helper in helpers]
+            gang = self._create(body, spec.token)
+        except ApiError:
+            for helper in made:
+                self.cluster.delete(helper)
+            raise
+        self.adopt_helpers(gang, made)
+        return gang
+
+    def _create(self, body: Json, token: str) -> Json:
+        self.cluster.create(body, dry_run=True)
+        try:
+            return {"kind": body["kind"], **self.cluster.create(body)}
+        except ApiError as error:
+            # A request whose answer was lost may have done its work.
+            found = self.cluster.get(body["kind"], body["metadata"]["name"]) if error.status == 409 else None
+            if found and found["metadata"].get("annotations", {}).get(manifest.TOKEN) == token:
+                return {"kind": body["kind"], **found}
+            raise
+
+    def _create_helper(self, body: Json) -> Json:
+        left = self.cluster.get(body["kind"], body["metadata"]["name"])
+        if left:  # its gang is gone or was never made
+            self._delete_and_wait({"kind": body["kind"], **left})
+        return self._create(body, body["metadata"]["annotations"][manifest.TOKEN])
+
+    def adopt_helpers(self, gang: Json, helpers: list[Json]) -> None:
+        """Give a gang's helpers to it. A controller may have died before."""
+        for helper in helpers:
+            if not helper["metadata"].get("ownerReferences"):
+                self.cluster.own(helper, gang)
+
+    def helpers_of(self, spec: GangSpec) -> list[Json]:
+        bodies = manifest.manifests(spec)[:-1]
+        found = [(body["kind"], self.cluster.get(body["kind"], spec.name)) for body in bodies]
+        return [{"kind": kind, **thing} for kind, thing in found if thing]
+
+    def end(self, gang: Json) -> None:
+        """Ask once for a gang's deletion, where it has not been.
+
+        Raises:
+            ApiError, Unreachable: ask again later.
+        """
+        newest = self.objects[gang["kind"]].of(gang["metadata"]["name"])
+        asked = any(
+            "deletionTimestamp" in t["metadata"]
+            for t in newest
+            if t["metadata"]["uid"] == gang["metadata"]["uid"]
+        )
+        if not asked and not self.objects[gang["kind"]].is_gone(gang):
+            self.cluster.delete(gang, patient=False)
+
+    def _delete_and_wait(self, thing: Json, limit_s: float = 60.0) -> None:
+        self.cluster.delete(thing)
+        until = time.monotonic() + limit_s
+        while time.monotonic() < until:
+            now = self.cluster.get(thing["kind"], thing["metadata"]["name"])
+            if not now or now["metadata"]["uid"] != thing["metadata"]["uid"]:
+                return
+            time.sleep(0.2)
+
+    def remove(self, gang: Json, spec: GangSpec) -> None:
+        """Delete a gang and return when none of its pods can write any more."""
+        self._delete_and_wait(gang)
+        if self._wait_for_pods(spec.name):
+            return
+        self._say(f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop")
+        self.fence(spec)
+        self.forget(spec.name)
+
+    def fence(self, spec: GangSpec) -> None:
+        """Stop pods that the cluster cannot reach: by their token, on the volume that they write to."""
+        write_state(spec)
+        time.sleep(FENCE_S)
+        for pod in self._live_pods(spec.name):
+            self.cluster.delete(pod, grace_s=0)
+
+    def _wait_for_pods(self, name: str) -> bool:
+        """Wait while pods of a deleted gang end; False if a node does not answer."""
+        begun = time.monotonic()
+        while live := self._live_pods(name):
+            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in live)
+            if time.monotonic() - begun > grace + UNANSWERED_S:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def _live_pods(self, name: str) -> list[Json]:
+        pods = self.cluster.list_all(
+            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={name}"
+        )
+        return [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+
+    def forget(self, name: str) -> None:
+        """Drop what the mirrors keep of a gang."""
+        for mirror in self._mirrors():
+            mirror.forget(name)
+
+
+def write_state(spec: GangSpec) -> None:
+    """Write what pods read from the volume; each file appears whole."""
+    directory = Path(spec.state_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in manifest.files(spec).items():
+        path = directory / f".{name}.new"
+        with path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(directory / name)

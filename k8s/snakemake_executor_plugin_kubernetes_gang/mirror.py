@@ -1,0 +1,92 @@
+"""A mirror of the objects of one kind that carry our label: one LIST, then one WATCH."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from .cluster import ApiError, Cluster, Unreachable, wait
+
+Json = dict[str, Any]
+
+
+class Mirror(threading.Thread):
+    """Keeps the last known state of every object of a kind, also of those that are gone.
+
+    `index` names the label by which objects are looked up. Gone objects are kept until `forget`:
+    a pod that the cluster has taken away may be the one that says why its gang failed.
+    """
+
+    def __init__(self, cluster: Cluster, kind: str, selector: str, index: str):
+        super().__init__(name=f"mirror-{kind}", daemon=True)
+        self._cluster, self._kind, self._selector, self._index = cluster, kind, selector, index
+        self._lock = threading.Lock()
+        self._objects: dict[str, dict[str, Json]] = {}
+        self._gone: set[str] = set()
+        self._stopped = threading.Event()
+        self.synced = threading.Event()
+
+    def of(self, key: str) -> list[Json]:
+        """Return every object ever seen with this value of the label."""
+        with self._lock:
+            return list(self._objects.get(key, {}).values())
+
+    def all(self) -> list[Json]:
+        with self._lock:
+            return [thing for group in self._objects.values() for thing in group.values()]
+
+    def is_gone(self, thing: Json) -> bool:
+        with self._lock:
+            return thing["metadata"]["uid"] in self._gone
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            for uid in self._objects.pop(key, {}):
+                self._gone.discard(uid)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        attempt = 0
+        while not self._stopped.is_set():
+            try:
+                items, version = self._cluster.list_version(self._kind, self._selector)
+                self._replace(items)
+                self.synced.set()
+                self._follow(version)
+                attempt = 0
+            except ApiError as error:  # 410: our version is too old, the list starts anew
+                if error.status != 410:
+                    wait(attempt, error.retry_after_s)
+                    attempt += 1
+            except Unreachable:  # the list, which comes next, says so if it lasts
+                wait(attempt)
+                attempt += 1
+
+    def _follow(self, version: str) -> None:
+        """Watch on and on from `version`; bookmarks keep it fresh."""
+        while not self._stopped.is_set():
+            for change in self._cluster.watch(self._kind, self._selector, version):
+                self._cluster.is_back()
+                thing = {"kind": self._kind, **change["object"]}
+                version = thing["metadata"]["resourceVersion"]
+                if change["type"] != "BOOKMARK":
+                    self._put(thing, gone=change["type"] == "DELETED")
+
+    def _replace(self, items: Iterable[Json]) -> None:
+        """Take over a whole list: what it does not hold is gone."""
+        items = list(items)
+        present = {thing["metadata"]["uid"] for thing in items}
+        with self._lock:
+            self._gone |= {uid for group in self._objects.values() for uid in group} - present
+        for thing in items:
+            self._put(thing, gone=False)
+
+    def _put(self, thing: Json, *, gone: bool) -> None:
+        key = thing["metadata"].get("labels", {}).get(self._index, "")
+        with self._lock:
+            self._objects.setdefault(key, {})[thing["metadata"]["uid"]] = thing
+            if gone:
+                self._gone.add(thing["metadata"]["uid"])

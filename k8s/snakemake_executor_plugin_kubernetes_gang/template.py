@@ -1,0 +1,135 @@
+"""The user's pod template: merged into a pod by name, and what it may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .spec import SpecError
+
+Json = dict[str, Any]
+
+MAIN = "main"  # the container that runs the command, under every backend
+PREFIX = "kubernetes-gang/"
+# The identity of an entry of a list. Lists that are not named here are appended to.
+KEYS = {
+    "containers": "name", "initContainers": "name", "env": "name", "volumes": "name",
+    "volumeMounts": "mountPath", "imagePullSecrets": "name", "ports": "containerPort",
+}  # fmt: skip
+REFUSED = {
+    "spec.restartPolicy": "a gang is restarted as a whole",
+    "spec.hostname": "pods find each other by host names",
+    "spec.subdomain": "pods find each other by host names",
+    "spec.activeDeadlineSeconds": "set the rule's resource runtime",
+    "spec.securityContext.runAsUser": "pods write as the user of the controller",
+    "spec.securityContext.runAsGroup": "pods write as the user of the controller",
+    "spec.securityContext.runAsNonRoot": "pods are not root",
+    "spec.containers[main].securityContext.runAsUser": "pods write as the user of the controller",
+    "spec.containers[main].securityContext.runAsGroup": "pods write as the user of the controller",
+    "spec.containers[main].securityContext.runAsNonRoot": "pods are not root",
+    "spec.containers[main].command": "the rule's command is run",
+    "spec.containers[main].args": "the rule's command is run",
+    "spec.containers[main].workingDir": "it is Snakemake's working directory",
+    "spec.containers[main].image": "set kubernetes-gang-image, or the rule's container:",
+    "spec.containers[main].resources.limits.memory": "set the rule's resource mem_mb",
+    "spec.containers[main].resources.requests.memory": "set the rule's resource mem_mb",
+    "spec.containers[main].resources.requests.cpu": "set the rule's threads, or its resource cpu",
+    "spec.containers[main].resources.limits.nvidia.com/gpu": "set the rule's resource gpus",
+    "spec.containers[main].resources.requests.nvidia.com/gpu": "set the rule's resource gpus",
+}
+
+
+def load(paths: list[Path]) -> Json:
+    """Return the pod template that the files give together, later ones over earlier ones.
+
+    Raises:
+        SpecError: a file cannot be read, is not a pod template, or sets what it may not.
+    """
+    merged: Json = {}
+    for path in paths:
+        try:
+            text = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise SpecError(f"pod template {path}: cannot be read: {error}") from error
+        if not isinstance(text, dict) or not set(text) <= {"metadata", "spec"}:
+            raise SpecError(
+                f"pod template {path}: must have the keys metadata and spec, like a Pod's template"
+            )
+        check(text, str(path))
+        merged = merge(merged, text)
+    return merged
+
+
+def check(template: Mapping[str, Any], origin: str) -> None:
+    """Raise SpecError where the template sets what belongs to the executor."""
+    for place in _places(template, ""):
+        if place in REFUSED:
+            raise SpecError(f"pod template {origin}: {place} cannot be set here: {REFUSED[place]}")
+        if place.startswith(("metadata.labels." + PREFIX, "metadata.annotations." + PREFIX)):
+            raise SpecError(f"pod template {origin}: {place} cannot be set here: {PREFIX} is the executor's")
+    unknown = [c.get("name") for c in template.get("spec", {}).get("containers", []) if not c.get("name")]
+    if unknown:
+        raise SpecError(f"pod template {origin}: a container without a name; the command's is named {MAIN}")
+
+
+def _places(value: Any, path: str) -> list[str]:
+    """Every place in a template as a dotted path; entries of keyed lists by their name."""
+    if isinstance(value, Mapping):
+        return [p for k, v in value.items() for p in _places(v, f"{path}.{k}" if path else str(k))]
+    if isinstance(value, list):
+        named = [(v.get("name", i) if isinstance(v, Mapping) else i, v) for i, v in enumerate(value)]
+        return [path, *(p for name, v in named for p in _places(v, f"{path}[{name}]"))]
+    return [path]
+
+
+def merge(base: Any, extra: Any, key: str = "") -> Any:
+    """Return `base` with `extra` over it: mappings by key, lists by their entries' names."""
+    if isinstance(base, Mapping) and isinstance(extra, Mapping):
+        return {**base, **{k: merge(base[k], v, k) if k in base else v for k, v in extra.items()}}
+    if isinstance(base, list) and isinstance(extra, list):
+        return _merge_lists(base, extra, KEYS.get(key))
+    return extra
+
+
+def _merge_lists(base: list[Any], extra: list[Any], identity: str | None) -> list[Any]:
+    if identity is None:
+        return [*base, *(entry for entry in extra if entry not in base)]
+    merged = {entry[identity]: entry for entry in base}
+    for entry in extra:
+        name = entry[identity]
+        # Only containers have parts; half a volume or variable beside another half would be invalid.
+        merged[name] = merge(merged[name], entry) if name in merged and "image" in merged[name] else entry
+    return list(merged.values())
+
+
+def apply(template: Mapping[str, Any], pod: Json, reserved_env: set[str]) -> Json:
+    """Return the executor's pod template with the user's in it.
+
+    Raises:
+        SpecError: the template names a volume, mount or variable that the executor sets.
+    """
+    theirs = template.get("spec", {})
+    main: Json = next((c for c in theirs.get("containers", []) if c["name"] == MAIN), {})
+    container = pod["spec"]["containers"][0]
+    for kind, mine, yours in (
+        ("volume", {v["name"] for v in pod["spec"]["volumes"]}, _names(theirs, "volumes", "name")),
+        (
+            "mount",
+            {m["mountPath"] for m in container["volumeMounts"]},
+            _names(main, "volumeMounts", "mountPath"),
+        ),
+        ("env", reserved_env, _names(main, "env", "name")),
+    ):
+        if mine & yours:
+            raise SpecError(
+                f"pod template: {kind} {', '.join(sorted(mine & yours))} is the executor's; rename yours"
+            )
+    result: Json = merge(pod, template)
+    return result
+
+
+def _names(part: Mapping[str, Any], key: str, name: str) -> set[str]:
+    return {entry[name] for entry in part.get(key, [])}

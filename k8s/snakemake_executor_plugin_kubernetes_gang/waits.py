@@ -1,0 +1,200 @@
+"""Why a gang that was asked for does not start, in one sentence: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import status
+
+Json = Mapping[str, Any]
+
+AT_ONCE = ("ErrImageNeverPull", "InvalidImageName")  # no second try will do better
+IMAGE_REASONS = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "ImageInspectError",
+)
+CONFIG_REASONS = (
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+    "StartError",
+    "ContainerCannotRun",
+)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A reason in one word, what happened, the evidence, what to do; `transient`: nobody's fault."""
+
+    reason: str
+    what: str
+    evidence: str = ""
+    advice: str = ""
+    transient: bool = False
+
+    def sentence(self) -> str:
+        evidence = f" ({short(self.evidence)})" if self.evidence else ""
+        advice = f": {self.advice}" if self.advice else ""
+        return f"{self.what}{evidence}{advice}."
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that is known about a gang: its object, pods by rank, events, the end of each rank's log."""
+
+    gang: Json
+    pods: Sequence[Json] = ()
+    events: Sequence[Json] = ()
+    tails: Mapping[int, str] | None = None
+    asked: str = ""
+
+
+def why(case: Case) -> Cause | None:
+    """Return why a gang that has not started does not, if the cluster says."""
+    for check in WAITS:
+        cause = check(case)
+        if cause:
+            return cause
+    return None
+
+
+def short(text: str, limit: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def name_of(pod: Json) -> str:
+    return f"pod {pod['metadata']['name']}"
+
+
+def _event(case: Case, *reasons: str) -> Json:
+    """The newest event with one of these reasons."""
+    found = [event for event in case.events if event.get("reason") in reasons]
+    return max(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default={})
+
+
+def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, Json] | None:
+    for pod in case.pods:
+        for entry in pod.get("status", {}).get("containerStatuses") or []:
+            waiting = entry.get("state", {}).get("waiting") or {}
+            if waiting.get("reason") in reasons:
+                return pod, waiting
+    return None
+
+
+def image(case: Case) -> Cause | None:
+    found = _waiting(case, IMAGE_REASONS)
+    if not found:
+        return None
+    pod, waiting = found
+    image = pod["spec"]["containers"][0]["image"]
+    # A pull that fails alternates between two reasons.
+    reason = (
+        "image" if "Pull" in waiting["reason"] and waiting["reason"] not in AT_ONCE else waiting["reason"]
+    )
+    return Cause(
+        reason,
+        f"{name_of(pod)} cannot get its image {image}",
+        f"{waiting['reason']}: {waiting.get('message', '')}",
+        "check the name, the registry and imagePullSecrets",
+    )
+
+
+def config(case: Case) -> Cause | None:
+    found = _waiting(case, CONFIG_REASONS)
+    if not found:
+        return None
+    pod, waiting = found
+    return Cause(
+        waiting["reason"],
+        f"{name_of(pod)} cannot be configured",
+        f"{waiting['reason']}: {waiting.get('message', '')}",
+        "make the Secret or ConfigMap that it names, or correct the pod template",
+    )
+
+
+def _mount(case: Case) -> Cause | None:
+    event = _event(case, "FailedMount", "FailedAttachVolume", "FailedBinding", "ProvisioningFailed")
+    if not event:
+        return None
+    return Cause(
+        "FailedMount",
+        "a volume cannot be mounted",
+        f"{event['reason']}: {event.get('message', '')}",
+        "check the claim, the Secret or the path that it names",
+    )
+
+
+def _sandbox(case: Case) -> Cause | None:
+    event = _event(case, "FailedCreatePodSandBox", "FailedCreatePodContainer", "NetworkNotReady")
+    if not event:
+        return None
+    return Cause(
+        "FailedCreatePodSandBox",
+        "the node cannot set up the pod",
+        f"{event['reason']}: {event.get('message', '')}",
+        "have the node's network and runtime class looked at",
+        transient=True,
+    )
+
+
+def _quota(case: Case) -> Cause | None:
+    event = _event(case, "FailedCreate")
+    if not event or case.pods:
+        return None
+    text = event.get("message", "")
+    if "exceeded quota" in text:
+        return Cause(
+            "quota",
+            f"the namespace's quota leaves no room for this gang, which asks for {case.asked}",
+            text,
+            "it starts when others have ended; ask for less, or for more quota",
+        )
+    return Cause(
+        "FailedCreate",
+        "the cluster refuses this gang's pods",
+        text,
+        "correct the pod template, or ask the cluster's administrator",
+    )
+
+
+def _unschedulable(case: Case) -> Cause | None:
+    for pod in case.pods:
+        for c in pod.get("status", {}).get("conditions") or []:
+            if (
+                c["type"] == "PodScheduled"
+                and c["status"] == "False"
+                and c.get("reason") in ("Unschedulable", "SchedulerError")
+            ):
+                return Cause(
+                    "unschedulable",
+                    f"no node can take {name_of(pod)}, which asks for {case.asked}",
+                    c.get("message", ""),
+                    "wait for nodes to become free, or ask for less",
+                )
+    return None
+
+
+def kueue(workload: Json) -> Cause | None:
+    """Return why Kueue does not admit a workload, None once it has."""
+    if "Admitted" in status.conditions(workload):
+        return None
+    for c in workload.get("status", {}).get("conditions") or []:
+        if c["type"] == "QuotaReserved" and c["status"] == "False":
+            queue = workload.get("spec", {}).get("queueName", "?")
+            return Cause(
+                "queue",
+                f"it waits in the queue {queue}",
+                c.get("message", ""),
+                "it starts when others have ended",
+            )
+    return None
+
+
+Check = Callable[[Case], "Cause | None"]
+WAITS: tuple[Check, ...] = (image, config, _mount, _sandbox, _quota, _unschedulable)

@@ -1,0 +1,94 @@
+"""The image's install steps, run in a plain Debian root directory instead of a container builder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+# What torch's build for GPUs brings along in versions that torch itself pins.
+CUDA = re.compile(r"^(nvidia[-_]|cuda[-_]|triton$)")
+
+
+def shared_with_host() -> list[str]:
+    """Paths that pip's settings on this machine name: mirrors and caches that are files."""
+    shown = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    words = re.findall(r"(?:file://)?(/[\w./-]+)", shown)
+    return sorted({str(Path(word)) for word in words if Path(word).exists()})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A Debian with the steps `system` and `packages` of envs/install.sh."""
+    if os.getuid() != 0 or not shutil.which("debootstrap"):
+        pytest.skip("it needs root and debootstrap")
+    place = tmp_path_factory.mktemp("image")
+    run("debootstrap", "--variant=minbase", "bookworm", str(place))
+    shutil.copy("/etc/resolv.conf", place / "etc" / "resolv.conf")
+    build = place / "tmp" / "build"
+    build.mkdir(parents=True)
+    for name in ("envs/install.sh", "envs/constraints.txt", "pyproject.toml"):
+        shutil.copy(REPO / name, build)
+    shared = shared_with_host()
+    run("mount", "-t", "proc", "proc", str(place / "proc"))
+    try:
+        run("chroot", str(place), "bash", "/tmp/build/install.sh", "system")
+        for path in shared:  # now: ca-certificates wants to write its own first
+            _mount(path, place / path.lstrip("/"))
+        run("chroot", str(place), "bash", "/tmp/build/install.sh", "packages")
+        yield place
+    finally:
+        for path in ["/proc", *reversed(shared)]:
+            subprocess.run(
+                ["umount", "-l", str(place / path.lstrip("/"))], stderr=subprocess.DEVNULL, check=False
+            )
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _mount(path: str, target: Path) -> None:
+    folder = target if Path(path).is_dir() else target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    target.touch()
+    run("mount", "--bind", path, str(target))
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_the_images_packages_are_the_locks(root):
+    listed = json.loads(run("chroot", str(root), "/opt/venv/bin/pip", "list", "--format", "json"))
+    installed = {canonical(p["name"]): p["version"].split("+")[0] for p in listed}
+    lines = (REPO / "envs" / "constraints.txt").read_text().splitlines()
+    lock = {
+        canonical(n): v.split("+")[0] for n, _, v in (line.partition("==") for line in lines if "==" in line)
+    }
+    own = {"pip", "setuptools", "wheel"}
+    others = {n: v for n, v in installed.items() if lock.get(n) != v and n not in own and not CUDA.match(n)}
+    assert not others, "in the image, but not in the lock in this version"
+    assert {"torch", "deepspeed", "transformers", "snakemake", "kubernetes"} <= set(installed)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_images_python_runs_what_pods_run(root):
+    run(
+        "chroot",
+        str(root),
+        "/opt/venv/bin/python",
+        "-c",
+        "import torch, deepspeed, transformers, snakemake, kubernetes",
+    )
+    for program in ("bash", "getent", "setpriv"):
+        run("chroot", str(root), "which", program)

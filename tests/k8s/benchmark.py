@@ -1,0 +1,192 @@
+"""Many jobs at once: 200 run, 1,000 wait. `make bench-k8s`; the cluster of `make test-k8s` has to run.
+
+Nodes are objects without a kubelet; this program keeps them alive and marks their pods as running and
+done. Printed: the rate of submission, and every 10 s the controller's memory and its requests to the API.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import harness
+
+JOBS, NODES, PODS, RUN_S = 1200, 20, 10, 20.0
+SNAKEFILE = f"""
+rule all:
+    input: expand("out/{{n}}", n=range({JOBS}))
+rule one:
+    output: "out/{{n}}"
+    resources: mem_mb=10, shm_mb=1, cpu="1m"
+    shell: "touch {{output}}"
+"""
+
+
+def admin():
+    os.environ["KUBECONFIG"] = str(harness.directory() / "kubeconfig")
+    from snakemake_executor_plugin_kubernetes_gang.cluster import Cluster
+
+    return Cluster(None, harness.NAMESPACE, print)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def patch(api, path: str, body: dict) -> None:
+    api.request("PATCH", path, None, body, content="application/merge-patch+json")
+
+
+def make_nodes(api) -> list[str]:
+    names = [f"bench{n}" for n in range(NODES)]
+    for name in names:
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"bench": "yes"}}}
+        harness.kubectl("apply", "-f", "-", given=node)
+        sizes = {"cpu": "64", "memory": "64Gi", "pods": str(PODS)}
+        ready = {
+            "type": "Ready",
+            "status": "True",
+            "reason": "Bench",
+            "lastHeartbeatTime": now(),
+            "lastTransitionTime": now(),
+        }
+        patch(
+            api,
+            f"/api/v1/nodes/{name}/status",
+            {"status": {"capacity": sizes, "allocatable": sizes, "conditions": [ready]}},
+        )
+    return names
+
+
+class Kubelets(threading.Thread):
+    """Plays the kubelets of all nodes: heartbeats, and pods that run for RUN_S and succeed."""
+
+    def __init__(self, api, names: list[str]):
+        super().__init__(daemon=True)
+        self.api, self.names, self.started, self.most = api, names, {}, 0
+        self.workdir = None
+
+    def run(self) -> None:
+        beat = 0.0
+        while True:
+            if time.monotonic() - beat > 3:
+                beat = time.monotonic()
+                for name in self.names:
+                    self.heartbeat(name)
+            self.pods()
+            time.sleep(0.5)
+
+    def heartbeat(self, name: str) -> None:
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name}}
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
+        lease["spec"] = {"holderIdentity": name, "leaseDurationSeconds": 40, "renewTime": stamp}
+        path = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+        try:
+            patch(self.api, f"{path}/{name}", lease)
+        except Exception:
+            self.api.request("POST", path, None, lease)
+
+    def pods(self) -> None:
+        found = self.api.list_all("Pod", "kubernetes-gang/gang")
+        mine = [p for p in found if p["spec"].get("nodeName", "").startswith("bench")]
+        running = 0
+        for pod in mine:
+            uid, phase = pod["metadata"]["uid"], pod["status"]["phase"]
+            if phase == "Pending":
+                self.started[uid] = (time.monotonic(), now())
+                self.mark(pod, "Running", {"running": {"startedAt": now()}})
+            elif phase == "Running":
+                running += 1
+                begun, stamp = self.started.get(uid, (0.0, now()))
+                if time.monotonic() - begun > RUN_S:
+                    self.run_command(pod)
+                    end = {"exitCode": 0, "reason": "Completed", "startedAt": stamp, "finishedAt": now()}
+                    self.mark(pod, "Succeeded", {"terminated": end})
+        self.most = max(self.most, running)
+
+    def run_command(self, pod: dict) -> None:
+        """What the pod's command would do: it makes its output."""
+        env = {e["name"]: e.get("value") for e in pod["spec"]["containers"][0]["env"]}
+        output = self.workdir / env["GANG_COMMAND"].split()[-1]
+        output.touch()
+        os.chown(output, harness.OWNER, harness.OWNER)
+
+    def mark(self, pod: dict, phase: str, state: dict) -> None:
+        container = {
+            "name": "main",
+            "ready": phase == "Running",
+            "restartCount": 0,
+            "image": "x",
+            "imageID": "x",
+            "state": state,
+        }
+        path = self.api.path("Pod", pod["metadata"]["name"]) + "/status"
+        patch(
+            self.api, path, {"status": {"phase": phase, "startTime": now(), "containerStatuses": [container]}}
+        )
+
+
+def requests_so_far() -> int:
+    return harness.audit_log().read_text().count("\n")
+
+
+def memory_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS"))
+
+
+def main() -> None:
+    api = admin()
+    names = make_nodes(api)
+    kubelets = Kubelets(api, names)
+    place = harness.Workdir("bench", SNAKEFILE)
+    (place.path / "out").mkdir()
+    place.template.write_text(json.dumps({"spec": {
+        "nodeSelector": {"bench": "yes"}, "tolerations": [{"operator": "Exists"}], "containers": [{"name": "main"}],
+    }}))  # fmt: skip
+    place.give()
+    kubelets.workdir = place.path
+    kubelets.start()
+    begun, first = time.monotonic(), requests_so_far()
+    options = ["--jobs", str(JOBS), "--max-jobs-per-timespan", "1000/1s", "--default-resources", "cpu='1m'"]
+    process = place.start(*options, "--latency-wait", "0", "--keep-going")
+    try:
+        sample(process, place, kubelets, begun, first)
+    finally:
+        harness.kill(process)
+        harness.kubectl(
+            "delete",
+            "jobs",
+            "-n",
+            harness.NAMESPACE,
+            "-l",
+            f"kubernetes-gang/place={place.place()}",
+            "--wait=false",
+        )
+        harness.kubectl("delete", "nodes", "-l", "bench=yes")
+
+
+def sample(process, place, kubelets, begun: float, first: int) -> None:
+    submitted_at, last = 0.0, first
+    print("seconds  jobs made  running (most)  done  MB  API requests/s")
+    while process.poll() is None and time.monotonic() - begun < 500:
+        time.sleep(10)
+        made = len(list(place.path.glob(".snakemake/auxiliary/kubernetes-gang/*/token")))
+        done = place.said().count("Finished jobid")
+        so_far = requests_so_far()
+        elapsed = time.monotonic() - begun
+        print(
+            f"{elapsed:7.0f} {made:10d} {kubelets.most:15d} {done:5d} {memory_mb(process.pid):6.0f} {(so_far - last) / 10:10.1f}",
+            flush=True,
+        )
+        last = so_far
+        if made >= JOBS and not submitted_at:
+            submitted_at = elapsed
+            print(f"{JOBS} jobs submitted in about {submitted_at:.0f} s, start of Snakemake included")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Gangs from beginning to end on a real cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+from harness import CLAIM, IMAGE
+
+ONE_AND_TWO = r"""
+rule all:
+    input: "one.txt", "two.txt"
+rule one:
+    output: "one.txt"
+    log: "one.log"
+    benchmark: "one.tsv"
+    threads: 2
+    shell: "for i in $(seq 1 300); do echo line $i; done; echo $OMP_NUM_THREADS $(id -u) > {output}"
+rule two:
+    output: directory("two")
+    resources: nodes=2
+    shell: "mkdir -p {output}; getent hosts $MASTER_ADDR > {output}/$NODE_RANK; hostname; sleep 2"
+rule both:
+    input: "two"
+    output: "two.txt"
+    shell: "cat {input}/0 {input}/1 > {output}"
+"""
+
+
+def test_a_pod_and_a_gang_of_two(workdir):
+    place = workdir(ONE_AND_TWO)
+    code, said = place.run()
+    assert code == 0, said
+    assert (place.path / "one.txt").read_text().split() == ["2", str(harness.OWNER)]
+    rank0, rank1 = (place.path / "two.txt").read_text().splitlines()
+    assert rank0.split()[0] == rank1.split()[0], "both ranks find the same address for rank 0"
+    lines = (place.path / "one.log").read_text().splitlines()
+    assert lines == [f"line {i}" for i in range(1, 301)], "the rule's log, without loss or duplication"
+    assert said.count("line 300\n") == 1
+    assert float((place.path / "one.tsv").read_text().splitlines()[1].split()[0]) >= 0
+    assert not place.objects("jobs,services,pods"), "nothing is left behind"
+    stored = list(place.path.glob(".snakemake/auxiliary/kubernetes-gang/two-*/*.rank-*.log"))
+    assert len(stored) == 2, "every rank's log is on the volume"
+
+
+def test_snakemakes_own_suite_for_executors(workdir):
+    place = workdir("")
+    environment = {
+        **place.environment(), "SUITE_IMAGE": IMAGE, "SUITE_VOLUME": f"{CLAIM}:{harness.volume()}",
+        "SUITE_TEMPLATE": str(place.template),
+    }  # fmt: skip
+    place.write("test_suite.py", Path(__file__).with_name("snakemake_suite.py").read_text())
+    options = ["-p", "no:cacheprovider", "-p", "no:randomly", f"--basetemp={place.path}/suite", "-q"]
+    command = [*harness.as_owner(), sys.executable, "-m", "pytest", *options, "test_suite.py"]
+    run = subprocess.run(
+        command, env=environment, cwd=place.path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 passed" in run.stdout

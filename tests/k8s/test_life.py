@@ -1,0 +1,222 @@
+"""A gang outlives its controller: taken up, adopted, replaced, never doubled."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import harness
+from harness import kill, wait_until
+
+# Each run of the command leaves a line in `runs`; checkpoints go to an undeclared file.
+COUNTING = r"""
+rule count:
+    output: "done.txt"
+    resources: nodes={nodes}
+    retries: {retries}
+    shell:
+        '[ $NODE_RANK = 0 ] || {{{{ while [ ! -e stop-$GANG_TOKEN ]; do sleep 0.3; done; exit 0; }}}};'
+        ' echo started >> runs; n=$(cat checkpoint 2>/dev/null || echo 0);'
+        ' while [ $n -lt {seconds} ]; do sleep 1; n=$((n + 1)); echo $n > checkpoint; echo step $n; done;'
+        ' touch stop-$GANG_TOKEN; echo finished > {{output}}'
+"""
+
+
+def counting(seconds: int, nodes: int = 1, retries: int = 0) -> str:
+    return COUNTING.format(seconds=seconds, nodes=nodes, retries=retries)
+
+
+def runs(place) -> int:
+    path = place.path / "runs"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def steps(place) -> int:
+    path = place.path / "checkpoint"
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+def ended(place) -> bool:
+    jobs = place.objects("jobs")
+    return any(c["type"] == "Complete" for job in jobs for c in job.get("status", {}).get("conditions", []))
+
+
+MOMENTS = {
+    "planned": lambda place: "Select jobs to execute" in place.said(),
+    "token-written": lambda place: list(place.path.glob(".snakemake/auxiliary/kubernetes-gang/*/token")),
+    "service-created": lambda place: place.objects("services"),
+    "job-created": lambda place: place.objects("jobs"),
+    "pods-created": lambda place: place.objects("pods"),
+    "running": lambda place: runs(place),
+    "half-way": lambda place: steps(place) >= 3,
+    "output-there": lambda place: (place.path / "done.txt").exists(),
+    "ended": ended,
+    "deleting": lambda place: (
+        "Finished jobid" in place.said() or (not place.objects("jobs") and steps(place) >= 6)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def killed():
+    """Ten controllers, each killed at another moment, then started again: what became of each."""
+
+    def one(moment: str) -> tuple[str, int, str, harness.Workdir]:
+        place = harness.Workdir(f"kill-{moment}", counting(6, nodes=2))
+        first = place.start()
+        wait_until(moment, lambda: MOMENTS[moment](place) or first.poll() is not None, 90, every_s=0.02)
+        kill(first)
+        if moment == "half-way":  # ends while nobody watches
+            wait_until("it ends alone", lambda: ended(place))
+        place.unlock()
+        code, said = place.run()
+        return moment, code, said, place
+
+    with ThreadPoolExecutor(3) as pool:
+        return {moment: (code, said, place) for moment, code, said, place in pool.map(one, MOMENTS)}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_controller_killed_at_any_moment_loses_nothing(killed, moment):
+    code, said, place = killed[moment]
+    assert code == 0, said
+    assert (place.path / "done.txt").read_text() == "finished\n"
+    assert runs(place) == 1, f"computed once: {said}"
+    if moment == "half-way":
+        assert "adopted, it ended in between" in said
+    if moment == "running":
+        assert "re-attached to the running gang" in said
+
+
+def test_a_changed_command_replaces_the_gang(workdir):
+    place = workdir(counting(60))
+    first = place.start()
+    wait_until("it runs", lambda: runs(place))
+    old = place.objects("jobs")[0]["metadata"]["uid"]
+    kill(first)
+    place.unlock()
+    place.write("Snakefile", counting(4))
+    (place.path / "checkpoint").unlink(missing_ok=True)
+    second = place.start()
+    new = wait_until("a new job", lambda: [j for j in place.objects("jobs") if j["metadata"]["uid"] != old])
+    assert second.wait(60) == 0, place.said()
+    assert "is replaced: its command, image or inputs have changed" in place.said()
+    live = [p for p in place.objects("pods") if p["metadata"]["ownerReferences"][0]["uid"] == old]
+    assert new
+    assert not live, "the old gang's pods were gone before the new one's came"
+
+
+def test_a_changed_input_replaces_the_gang(workdir):
+    snakefile = 'rule copy:\n    input: "in.txt"\n    output: "done.txt"\n    shell: "echo started >> runs; sleep 4; cp {input} {output}"\n'
+    place = workdir(snakefile)
+    place.write("in.txt", "old")
+    first = place.start()
+    wait_until("it runs", lambda: runs(place))
+    kill(first)
+    place.unlock()
+    place.write("in.txt", "new")
+    code, said = place.run()
+    assert code == 0, said
+    assert (place.path / "done.txt").read_text() == "new"
+    assert runs(place) == 2
+
+
+def test_ctrl_c_without_a_terminal_leaves_the_gang_and_it_is_adopted(workdir):
+    place = workdir(counting(8))
+    first = place.start()
+    wait_until("it runs", lambda: runs(place))
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait(60) != 0
+    assert "left running: count-" in place.said()
+    wait_until("it ends alone", lambda: ended(place))
+    code, said = place.run()
+    assert code == 0, said
+    assert "adopted" in said
+    assert runs(place) == 1
+
+
+def test_ctrl_c_cancels_where_this_is_set(workdir):
+    place = workdir(counting(60))
+    first = place.start("--kubernetes-gang-on-exit", "cancel")
+    wait_until("it runs", lambda: runs(place))
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait(60) != 0
+    wait_until("nothing is left", lambda: not place.objects("jobs,pods"))
+
+
+def test_ctrl_c_at_a_terminal_asks(workdir):
+    place = workdir(counting(60))
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    wait_until("it runs", lambda: _read(controller) and runs(place))
+    os.kill(process.pid, signal.SIGINT)
+    said = ""
+    until = time.monotonic() + 30
+    while "ancel them" not in said and time.monotonic() < until:
+        said += _read(controller)
+    os.write(controller, b"c\n")
+    wait_until("it ends", lambda: (_read(controller) or True) and process.poll() is not None)
+    wait_until("nothing is left", lambda: not place.objects("jobs,pods"))
+
+
+def _read(terminal: int) -> str:
+    """What the terminal shows; a space if nothing."""
+    ready, _, _ = select.select([terminal], [], [], 0.1)
+    try:
+        return os.read(terminal, 65536).decode(errors="replace") if ready else " "
+    except OSError:
+        return " "
+
+
+def test_a_failed_rank_ends_its_gang_and_the_retry_goes_on_from_the_checkpoint(workdir):
+    text = counting(5, nodes=2, retries=1).replace(
+        "echo step $n;", "echo step $n; [ $n != 3 -o -e failed ] || {{ touch failed; exit 7; }};"
+    )
+    place = workdir(text)
+    code, said = place.run()
+    assert code == 0, said
+    assert "exit code 7" in said
+    assert "tried again (attempt 2 of 2)" in said
+    assert runs(place) == 2
+    assert said.count("step 2\n") == 1, "the second attempt began after the checkpoint"
+
+
+def test_gc_removes_what_nobody_waits_for_and_nothing_else(workdir):
+    place = workdir(counting(4))
+    process = place.start()
+    wait_until("it runs", lambda: runs(place))
+    kill(process)
+    place.unlock()
+    running = workdir(counting(60))
+    other = running.start()
+    wait_until("the other runs", lambda: runs(running))
+    wait_until("it ends alone", lambda: ended(place))
+    service = {
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "left", "labels": {"app.kubernetes.io/managed-by": "kubernetes-gang"}},
+        "spec": {"clusterIP": "None", "selector": {"x": "y"}},
+    }  # fmt: skip
+    harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=service)
+    command = [sys.executable, "-m", "snakemake_executor_plugin_kubernetes_gang", "gc", "--hours", "0"]
+    environment = {**place.environment(), "KUBECONFIG": str(harness.directory() / "kubeconfig")}
+    shown = subprocess.run(command, env=environment, input="n\n", capture_output=True, text=True, check=True)
+    assert "has succeeded" in shown.stdout
+    assert "Service left: belongs to no gang" in shown.stdout
+    assert place.objects("jobs"), "it asks first"
+    subprocess.run([*command, "--yes"], env=environment, capture_output=True, check=True)
+    wait_until("they are gone", lambda: not place.objects("jobs"))
+    assert not [s for s in harness.get("services") if s["metadata"]["name"] == "left"]
+    assert running.objects("jobs"), "a running gang is not touched"
+    kill(other)

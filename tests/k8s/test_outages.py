@@ -1,0 +1,89 @@
+"""The API server, etcd, a container runtime and a node go away: no job is lost, none fails that should not."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from test_life import counting, runs, steps
+
+import harness
+from harness import wait_until
+
+
+@pytest.fixture(scope="module")
+def outage():
+    """Three gangs: etcd, a container runtime and a pod go away, then the API server for a minute."""
+    long = harness.Workdir("outage-long", counting(100, nodes=2))
+    short = harness.Workdir("outage-short", counting(50))
+    deleted = harness.Workdir("outage-deleted", counting(12, nodes=2, retries=1))
+    places = [long, short, deleted]
+    processes = [place.start() for place in places]
+    wait_until("all run", lambda: steps(long) and steps(short) and steps(deleted) >= 3, 120)
+    victim = deleted.objects("pods")[1]["metadata"]["name"]
+    harness.kubectl("delete", "pod", victim, "-n", harness.NAMESPACE, "--wait=false")
+    wait_until("the second attempt", lambda: runs(deleted) == 2)
+    for component, seconds in (("etcd", 10), ("containerd1", 4)):
+        harness.cluster("stop", component)
+        time.sleep(seconds)
+        harness.cluster("start", component)
+    harness.cluster("stop", "apiserver")
+    time.sleep(60)
+    ended_meanwhile = (short.path / "done.txt").exists()
+    before = [process.poll() for process in processes[:2]]
+    harness.cluster("start", "apiserver")
+    # The cluster's own controllers take a minute and more to find back.
+    codes = [process.wait(180) for process in processes]
+    return {
+        "ended": ended_meanwhile,
+        "before": before,
+        "codes": codes,
+        "long": long,
+        "short": short,
+        "deleted": deleted,
+    }
+
+
+def test_the_controller_waits_for_the_api(outage):
+    assert outage["before"] == [None, None], "both controllers outlived a minute without an API server"
+    assert outage["codes"] == [0, 0, 0], outage["long"].said() + outage["short"].said()
+    assert "the API server does not answer" in outage["long"].said()
+    assert "the API server answers again" in outage["long"].said()
+
+
+def test_gangs_ran_on_once(outage):
+    assert outage["ended"], "one gang ended while nobody could see it"
+    assert runs(outage["long"]) == runs(outage["short"]) == 1
+
+
+def test_a_log_is_whole_over_reconnects(outage):
+    lines = [line for line in outage["long"].said().splitlines() if "] step" in line]
+    assert [line.split()[-1] for line in lines] == [str(n) for n in range(1, 101)]
+
+
+def test_a_deleted_pod_restarts_its_gang_from_the_checkpoint(outage):
+    said = outage["deleted"].said()
+    assert "was deleted while it ran" in said
+    assert runs(outage["deleted"]) == 2
+    assert said.count(" step 2\n") == 1, "the second attempt began after the checkpoint"
+
+
+def test_a_lost_node_restarts_the_gang_on_the_other(workdir):
+    """Its pods run on, beyond the cluster's reach: they are stopped through the volume."""
+    place = workdir(counting(150, retries=1))
+    process = place.start()
+    wait_until("it has a checkpoint", lambda: steps(place) >= 3, 120)
+    node = place.objects("pods")[0]["spec"]["nodeName"]
+    kubelet = f"kubelet{node.removeprefix('node')}"
+    harness.cluster("stop", kubelet)
+    try:
+        wait_until("the second attempt", lambda: runs(place) == 2, 150)
+        first = steps(place)
+        other = [p for p in place.objects("pods") if p["spec"].get("nodeName") != node]
+        assert other, "the second attempt is on the other node"
+        time.sleep(6)
+        assert first + 4 <= steps(place) <= first + 8, "one writer, not two"
+        assert "does not answer any more" in place.said()
+    finally:
+        harness.cluster("start", kubelet)
+        harness.kill(process)

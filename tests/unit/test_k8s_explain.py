@@ -1,0 +1,154 @@
+"""Causes against objects as API servers give them: what a node without GPUs or real faults cannot produce."""
+
+from __future__ import annotations
+
+import pytest
+
+from snakemake_executor_plugin_kubernetes_gang import explain, status, waits
+from snakemake_executor_plugin_kubernetes_gang.waits import Case
+
+JOB = {"kind": "Job", "metadata": {"name": "sft-1", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}}
+
+
+def failed_job(reason="BackoffLimitExceeded", message="Job has reached the specified backoff limit"):
+    return {
+        **JOB,
+        "status": {
+            "conditions": [{"type": "Failed", "status": "True", "reason": reason, "message": message}]
+        },
+    }
+
+
+def pod(rank=0, code=None, message="", finished="2026-01-01T00:01:00Z", ended="Error", **fields):
+    """A pod as the kubelet leaves it; `code` is its container's exit code."""
+    found = {"phase": "Failed" if code else "Running", **{k: v for k, v in fields.items() if k != "deleted"}}
+    if code is not None:
+        end = {
+            "exitCode": code,
+            "reason": ended,
+            "message": message,
+            "startedAt": "2026-01-01T00:00:10Z",
+            "finishedAt": finished,
+        }
+        found["containerStatuses"] = [{"name": "main", "state": {"terminated": end}}]
+    metadata = {
+        "name": f"sft-1-{rank}-abcde",
+        "labels": {status.INDEX_LABEL: str(rank)},
+        "creationTimestamp": "2026-01-01T00:00:01Z",
+        **({"deletionTimestamp": fields["deleted"]} if "deleted" in fields else {}),
+    }
+    spec = {"containers": [{"name": "main", "image": "x", "resources": {"limits": {"memory": "4G"}}}]}
+    return {"metadata": metadata, "spec": spec, "status": found}
+
+
+def disrupted(reason, message=""):
+    return pod(
+        phase="Failed",
+        conditions=[{"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}],
+    )
+
+
+CASES = {
+    "preempted": [disrupted("PreemptionByScheduler", "default-scheduler: preempting to accommodate a higher priority pod")],
+    "evicted": [disrupted("TerminationByKubelet", "The node was low on resource: memory.")],
+    "drained": [disrupted("EvictionByEvictionAPI", "Eviction API: evicting")],
+    "node-lost": [disrupted("DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint")],
+    "admission": [pod(phase="Failed", reason="UnexpectedAdmissionError", message="Allocate failed due to no healthy devices present; cannot allocate unhealthy devices nvidia.com/gpu")],
+    "deadline": [pod(phase="Failed", reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")],
+    "oom": [pod(code=137, ended="OOMKilled")],
+    "gpu-memory": [pod(code=1, message="torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")],
+    "xid": [pod(code=1, message="RuntimeError: CUDA error: uncorrectable ECC error encountered")],
+    "child-oom": [pod(code=1, message="  exitcode   : -9 (pid: 77)\n  traceback : Signal 9 (SIGKILL) received by PID 77")],
+    "shm": [pod(code=1, message="ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).")],
+    "timeout": [pod(code=1, message="[rank0]:[E ProcessGroupNCCL.cpp:632] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)")],
+    "nan": [pod(code=1, message="FloatingPointError: loss is nan at step 12")],
+    "volume": [pod(code=97, message="kubernetes-gang: this pod does not see the controller's working directory")],
+    "no-address": [pod(code=99, message="kubernetes-gang: no address for sft-1-0.sft-1 after 600 s")],
+    "superseded": [pod(code=98, message="kubernetes-gang: another gang of this name has been started; this pod ends")],
+    "exit-code": [pod(code=2, message="error: datasets: unknown dataset 'x'")],
+    "peer": [pod(code=1, message="RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.4]:1234")],
+    "deleted": [pod(code=143, deleted="2026-01-01T00:00:50Z")],
+    "unknown": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_a_cause_is_named(reason):
+    cause = explain.explain(Case(failed_job(), CASES[reason]))
+    assert cause.reason == reason
+    sentence = cause.sentence()
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert cause.advice, "it says what to do"
+
+
+def test_a_jobs_deadline():
+    assert (
+        explain.explain(
+            Case(failed_job("DeadlineExceeded", "Job was active longer than specified deadline"))
+        ).reason
+        == "deadline"
+    )
+
+
+def test_a_killed_peer_goes_before_those_that_lost_it():
+    """Rank 1 is killed for its memory; rank 0 ends earlier by the clock of its node, with a network error."""
+    peer = pod(0, code=1, message="Connection reset by peer", finished="2026-01-01T00:00:30Z")
+    killed = pod(1, code=137, ended="OOMKilled", finished="2026-01-01T00:00:31Z")
+    assert explain.explain(Case(failed_job(), [peer, killed])).reason == "oom"
+
+
+def test_the_rank_that_failed_by_itself_goes_before_those_that_lost_it():
+    peer = pod(0, code=1, message="Connection closed by peer", finished="2026-01-01T00:00:30Z")
+    guilty = pod(1, code=1, message="Traceback\nKeyError: 'labels'\n", finished="2026-01-01T00:00:31Z")
+    cause = explain.explain(Case(failed_job(), [peer, guilty]))
+    assert cause.reason == "exit-code"
+    assert "sft-1-1-" in cause.what
+    assert cause.evidence == "KeyError: 'labels'"
+
+
+def test_pods_that_were_told_to_end_after_a_failure_are_not_called_deleted():
+    guilty = pod(1, code=5, message="x")
+    ended = pod(0, code=143, deleted="2026-01-01T00:01:01Z")
+    assert explain.explain(Case(failed_job(), [ended, guilty])).reason == "exit-code"
+
+
+def test_what_a_training_survived_is_not_the_cause():
+    tail = "\n".join(["CUDA out of memory, trying a smaller batch", *["step"] * 200, "ValueError: rows"])
+    assert explain.explain(Case(failed_job(), [pod(code=1)], tails={0: tail})).reason == "exit-code"
+
+
+def test_disruptions_are_nobodys_fault():
+    for reason in ("preempted", "evicted", "drained", "node-lost", "deleted", "admission"):
+        assert explain.explain(Case(failed_job(), CASES[reason])).transient
+    assert not explain.explain(Case(failed_job(), CASES["oom"])).transient
+
+
+def test_kueue_says_why_a_gang_waits():
+    conditions = [
+        {
+            "type": "QuotaReserved",
+            "status": "False",
+            "reason": "Pending",
+            "message": "insufficient unused quota for nvidia.com/gpu",
+        }
+    ]
+    workload = {"spec": {"queueName": "training"}, "status": {"conditions": conditions}}
+    assert (
+        waits.kueue(workload)
+        .sentence()
+        .startswith("it waits in the queue training (insufficient unused quota")
+    )
+    admitted = {"status": {"conditions": [{"type": "Admitted", "status": "True"}]}}
+    assert waits.kueue(admitted) is None
+
+
+def test_a_quota_is_told_though_there_is_no_pod():
+    event = {
+        "reason": "FailedCreate",
+        "message": 'pods "x" is forbidden: exceeded quota: few, requested: requests.nvidia.com/gpu=8',
+        "lastTimestamp": "x",
+    }
+    cause = waits.why(Case(JOB, [], [event], asked="2 x (8 GPUs, 4 CPUs, 16000 MB)"))
+    assert cause.reason == "quota"
+    assert "2 x (8 GPUs" in cause.sentence()

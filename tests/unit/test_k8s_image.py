@@ -1,0 +1,29 @@
+"""The training image: its Dockerfile is linted, and says what it may not say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+DOCKERFILE = (REPO / "envs" / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_is_clean():
+    hadolint = Path(sys.prefix) / "bin" / "hadolint"
+    run = subprocess.run([hadolint, REPO / "envs/Dockerfile"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_training_image_is_not_root_and_has_no_sshd():
+    training, t9k = re.split(r"^FROM training AS t9k", DOCKERFILE, flags=re.MULTILINE)
+    assert re.findall(r"^USER (.*)", training, flags=re.MULTILINE)[-1] == "1000:1000"
+    assert "install.sh ssh" not in training
+    assert "install.sh ssh" in t9k
+
+
+def test_no_secret_can_get_into_a_layer():
+    assert not re.search(r"(?i)(token|password|secret)", DOCKERFILE)
+    assert ".git" in (REPO / ".dockerignore").read_text().split()

@@ -1,0 +1,155 @@
+"""Manifests against golden files, which tests/k8s sends through a real API server's dry run.
+
+`UPDATE_GOLDEN=1 pytest tests/unit/test_k8s_manifest.py` rewrites them; the diff is the review.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snakemake_executor_plugin_kubernetes_gang import manifest, template
+from snakemake_executor_plugin_kubernetes_gang.spec import GangSpec, Queue, SpecError, Volume
+
+GOLDEN = Path(__file__).parents[1] / "k8s" / "golden"
+TEMPLATE = {
+    "spec": {
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "imagePullSecrets": [{"name": "registry"}],
+        "containers": [
+            {
+                "name": "main",
+                "env": [
+                    {
+                        "name": "HF_TOKEN",
+                        "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token", "optional": True}},
+                    }
+                ],
+                "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+                "resources": {"limits": {"rdma/rdma_shared_device_a": "1"}},
+            }
+        ],
+    }
+}
+
+
+def spec(**changes: object) -> GangSpec:
+    values = dict(
+        name="sft-0123456789", command="set -euo pipefail; python train.py --cost $(cat cost)", workdir="/volume/run",
+        project="/volume/code/Snakefile", image="registry.example/rlhf:1", state_dir="/volume/run/.snakemake/state/sft",
+        token="11111111", uid=1000, gid=1000, volumes=(Volume("data", "/volume"),), runtime_s=3600,
+        labels={manifest.LABEL_PLACE: "abcdef"}, annotations={manifest.FINGERPRINT: "f" * 64, manifest.TOKEN: "11111111"},
+        env={"HOME": "/tmp", "OMP_NUM_THREADS": "4"}, cpu="4", memory_mb=16000, shm_mb=4000,
+    )  # fmt: skip
+    return GangSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+BIG = {"nodes": 2, "gpus": 8, "template": TEMPLATE}
+CASES = {
+    "job-one-pod": spec(secret_env={"HF_TOKEN": "hub"}),
+    "job-gang-kueue": spec(**BIG, queue=Queue("kueue", "training", "high")),
+    "job-gang-volcano": spec(**BIG, queue=Queue("volcano", "training", "high")),
+    "job-t9k-queue": spec(queue=Queue("t9k", "default", "50"), backend="deepspeedjob"),
+    "deepspeedjob": spec(**BIG, backend="deepspeedjob", queue=Queue("t9k", "default", "50")),
+    "jobset": spec(**BIG, backend="jobset", queue=Queue("kueue", "training")),
+    "trainjob": spec(**BIG, backend="trainjob"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_manifests_are_the_golden_ones(name):
+    text = yaml.safe_dump_all(manifest.manifests(CASES[name]), sort_keys=False)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs; UPDATE_GOLDEN=1 rewrites it"
+
+
+def test_what_every_pod_is_not():
+    for name, case in CASES.items():
+        text = (GOLDEN / f"{name}.yaml").read_text()
+        assert "automountServiceAccountToken: false" in text
+        assert "privileged: true" not in text
+        if name != "deepspeedjob":
+            assert "runAsNonRoot: true" in text
+            assert "drop:\n" in text
+        assert case.command not in text or "$$(cat cost)" not in case.command
+
+
+def test_rules_without_gpus_are_jobs_under_every_backend():
+    for backend in ("deepspeedjob", "jobset", "trainjob"):
+        assert [thing["kind"] for thing in manifest.manifests(spec(backend=backend))] == ["Job"]
+
+
+def test_a_gpu_is_requested_and_limited_alike():
+    pod = manifest.manifests(spec(**BIG))[-1]["spec"]["template"]["spec"]
+    resources = pod["containers"][0]["resources"]
+    assert resources["requests"][manifest.GPU] == resources["limits"][manifest.GPU] == "8"
+    assert resources["requests"]["memory"] == resources["limits"]["memory"]
+
+
+def test_kubernetes_does_not_expand_the_command():
+    env = manifest.manifests(spec())[-1]["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert next(e for e in env if e["name"] == "GANG_COMMAND")["value"].endswith("$$(cat cost)")
+
+
+def test_a_deepspeedjobs_command_lies_in_a_file_with_its_quotes():
+    case = dataclasses.replace(CASES["deepspeedjob"], command="echo 'it is' \"$HOME\"")
+    text = manifest.files(case)["slot.sh"]
+    assert "export GANG_COMMAND='echo '\"'\"'it is'\"'\"' \"$HOME\"'" in text
+    assert "setpriv" in text
+
+
+@pytest.mark.parametrize("priority", ["high", "101", "-1"])
+def test_t9k_priorities_are_numbers(priority):
+    with pytest.raises(SpecError, match="from 0 to 100"):
+        manifest.manifests(spec(**BIG, backend="deepspeedjob", queue=Queue("t9k", "default", priority)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"spec": {"restartPolicy": "Always"}}, "spec.restartPolicy"),
+        ({"spec": {"securityContext": {"runAsUser": 0}}}, "runAsUser"),
+        ({"spec": {"containers": [{"name": "main", "command": ["sh"]}]}}, "command"),
+        ({"spec": {"containers": [{"name": "main", "resources": {"limits": {"memory": "1Gi"}}}]}}, "memory"),
+        ({"metadata": {"labels": {"kubernetes-gang/place": "x"}}}, "kubernetes-gang/place"),
+        ({"spec": {"containers": [{"image": "x"}]}}, "without a name"),
+    ],
+)
+def test_what_a_template_may_not_set_is_refused_by_name(changes, place):
+    with pytest.raises(SpecError, match=place.replace(".", r"\.")):
+        template.check(changes, "pod.yaml")
+
+
+def test_a_template_may_not_take_the_executors_names():
+    for part in (
+        {"env": [{"name": "NODE_RANK", "value": "0"}]},
+        {"volumeMounts": [{"name": "x", "mountPath": "/dev/shm"}]},
+    ):
+        with pytest.raises(SpecError, match="is the executor's"):
+            manifest.manifests(spec(template={"spec": {"containers": [{"name": "main", **part}]}}))
+
+
+def test_a_template_goes_over_passed_environment():
+    user = {"spec": {"containers": [{"name": "main", "env": [{"name": "HOME", "value": "/home/me"}]}]}}
+    env = manifest.manifests(spec(template=user))[-1]["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert [e["value"] for e in env if e["name"] == "HOME"] == ["/home/me"]
+
+
+def test_templates_are_read_in_order(tmp_path):
+    (tmp_path / "a.yaml").write_text("spec: {nodeSelector: {gpu: a100, zone: x}}")
+    (tmp_path / "b.yaml").write_text("spec: {nodeSelector: {gpu: h100}}")
+    merged = template.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+    assert merged["spec"]["nodeSelector"] == {"gpu": "h100", "zone": "x"}
+
+
+@pytest.mark.parametrize("text", ["[1]", "spec: {a: [", "replicas: 2"])
+def test_a_file_that_is_no_pod_template_is_refused(tmp_path, text):
+    (tmp_path / "pod.yaml").write_text(text)
+    with pytest.raises(SpecError, match=r"pod\.yaml"):
+        template.load([tmp_path / "pod.yaml"])

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from snakemake_interface_common.exceptions import WorkflowError
+
+from snakemake_executor_plugin_kubernetes_gang import jobs, spec
+from snakemake_executor_plugin_kubernetes_gang.settings import ExecutorSettings
+
+
+@given(st.text(max_size=80), st.lists(st.text(max_size=20), max_size=3))
+def test_names_are_labels_of_dns_with_room_for_what_controllers_append(rule, outputs):
+    name = spec.gang_name(rule, "place", outputs)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(f"{name}-gang-0-4095") <= 63
+
+
+def test_names_depend_on_place_rule_and_outputs_alone():
+    name = spec.gang_name("sft", "here", ["a", "b"])
+    assert name == spec.gang_name("sft", "here", ["b", "a"])
+    others = [
+        spec.gang_name("sft", "there", ["a", "b"]),
+        spec.gang_name("sft", "here", ["a"]),
+        spec.gang_name("rlhf", "here", ["a", "b"]),
+    ]
+    assert len({name, *others}) == 4
+
+
+@pytest.mark.parametrize("text", ["claim", ":/path", "claim:path", ""])
+def test_a_volume_needs_a_claim_and_an_absolute_path(text):
+    with pytest.raises(spec.SpecError, match="claim:/path"):
+        spec.parse_volume(text)
+
+
+def test_volumes():
+    assert spec.parse_volume("data:/mnt/x/:a/b") == spec.Volume("data", "/mnt/x", "a/b")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"nodes": 0}, {"gpus": -1}, {"memory_mb": 0}, {"cpu": "many"}, {"memory_mb": 100, "shm_mb": 100}],
+)
+def test_impossible_sizes_are_refused(changes):
+    with pytest.raises(spec.SpecError, match=r"Correct the rule|mem_mb"):
+        spec.GangSpec(
+            name="x",
+            command="",
+            workdir="",
+            project="",
+            image="",
+            state_dir="",
+            token="",
+            uid=1,
+            gid=1,
+            **changes,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"backend": "pods"}, "backend"),
+        ({"on_exit": "stay"}, "on-exit"),
+        ({"queue_system": "slurm"}, "queue-system"),
+        ({"start_timeout": 0}, "start-timeout"),
+        ({"volumes": ["x"]}, "volumes"),
+    ],
+)
+def test_wrong_options_are_named(options, word):
+    with pytest.raises(WorkflowError, match=word):
+        ExecutorSettings(**options)
+
+
+def test_a_proxys_password_does_not_go_into_manifests(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:secret@proxy.example:3128")
+    with pytest.raises(spec.SpecError, match="HTTPS_PROXY holds a password") as error:
+        jobs._environment(1, ExecutorSettings())
+    assert "secret@" not in str(error.value)
+
+
+def test_proxies_and_named_variables_reach_pods(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "localhost,.cluster.local")
+    monkeypatch.setenv("MIRROR", "https://mirror.example/x")
+    env = jobs._environment(3, ExecutorSettings(pass_env=["MIRROR"]))
+    assert env["NO_PROXY"] == "localhost,.cluster.local"
+    assert env["MIRROR"] == "https://mirror.example/x"
+    assert env["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_queue_needs_a_system():
+    with pytest.raises(spec.SpecError, match="queue-system"):
+        jobs._queue({"queue": "training"}, ExecutorSettings())
+
+
+def test_the_fingerprint_changes_with_what_changes_a_result(tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("x")
+    job = SimpleNamespace(
+        is_group=lambda: False, is_shell=True, input=[str(path)], rule=SimpleNamespace(name="sft")
+    )
+    mark = jobs.fingerprint(job, "run", "image", 1, 0)
+    assert mark == jobs.fingerprint(job, "run", "image", 1, 0)
+    others = [jobs.fingerprint(job, "other", "image", 1, 0), jobs.fingerprint(job, "run", "image", 2, 0)]
+    import os
+
+    os.utime(path, ns=(1, 1))
+    assert len({mark, *others, jobs.fingerprint(job, "run", "image", 1, 0)}) == 4
