@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-quick learn lint fmt
+.PHONY: setup demo test test-quick learn bench lint fmt
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -29,6 +29,10 @@ test-quick: setup
 
 learn: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/learn/learn.py
+
+bench: setup
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/launch.py --log logs/bench.log tests/bench/packing.py
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/bench/memory.py
 
 lint: setup
 	$(BIN)/ruff check .

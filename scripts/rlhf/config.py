@@ -215,6 +215,12 @@ class Run(Section):
         return {"processes": self.processes, "zero_stage": self.zero_stage}
 
 
+class TrainingRun(Run):
+    """How steps 1 and 2 run."""
+
+    packing: bool = Field(description="rows packed one after another; false: padded to the longest")
+
+
 class RlhfRun(Run):
     """How step 3 runs."""
 
@@ -249,7 +255,7 @@ class Training(Section):
     dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     optimizer: Optimizer
     lora: Lora | None = Field(None, description="adapters; null: train all weights")
-    run: Run
+    run: TrainingRun
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
