@@ -11,16 +11,11 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf import catalog
+from rlhf.config_training import Dtype, Float, Int, Lora, Optimizer, RlhfRun, Section, TrainingRun
+from rlhf.config_training import Run as Run
 from rlhf.errors import ConfigError
 from rlhf.layers import Tree, chain_of, listing, merge, mistakes, unknown
 
@@ -29,13 +24,6 @@ STAGES = ("sft", "reward", "rlhf")
 SCENARIO = re.compile(r"[a-z0-9][a-z0-9-]*")  # a scenario's name, which is part of paths
 
 REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"  # a branch, tag or commit; part of paths
-
-
-def _not_a_bool(value: object) -> object:
-    """Refuse yes/no where a number belongs: YAML 1.1 makes booleans of many words."""
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    return value
 
 
 def _known_model(name: str) -> str:
@@ -50,19 +38,8 @@ def _known_dataset(name: str) -> str:
     return name
 
 
-Int = Annotated[int, BeforeValidator(_not_a_bool)]
-Float = Annotated[float, BeforeValidator(_not_a_bool)]
 ModelName = Annotated[str, AfterValidator(_known_model)]
 DatasetName = Annotated[str, AfterValidator(_known_dataset)]
-
-
-Dtype = Literal["bf16", "fp16", "fp32"]
-
-
-class Section(BaseModel):
-    """Frozen; unknown fields, NaN and infinities are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _only_the_hub_has_revisions(name: str, revision: str) -> None:
@@ -150,84 +127,6 @@ Datasets = Annotated[
     Field(min_length=1, description="a list of names, or of {name, revision, split, columns}"),
     AfterValidator(_named_once),
 ]
-
-
-class Optimizer(Section):
-    """AdamW with a schedule over optimizer steps."""
-
-    learning_rate: Float = Field(ge=0, description="peak learning rate")
-    weight_decay: Float = Field(ge=0, description="decoupled, on matrices only")
-    betas: tuple[Float, Float] = Field(description="Adam's moment decay rates")
-    eps: Float = Field(gt=0, description="Adam's denominator term")
-    max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
-    schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
-    warmup_steps: Int = Field(ge=0, description="optimizer steps of linear warm-up")
-    final_ratio: Float = Field(ge=0, le=1, description="last learning rate / peak")
-
-
-class Lora(Section):
-    """Low-rank adapters instead of the weights of linear layers."""
-
-    dim: Int = Field(ge=1, description="rank of the adapters")
-    alpha: Float = Field(gt=0, description="adapters are scaled by alpha / dim")
-    learning_rate: Float = Field(gt=0, description="peak learning rate of the adapters")
-    targets: tuple[str, ...] | None = Field(
-        None, min_length=1, description="names of linear layers; null: all of a layer, by family"
-    )
-    only: bool = Field(
-        True,
-        description="train adapters alone (and a reward model's head); else biases, norms, embeddings too",
-    )
-
-
-class Run(Section):
-    """How a stage runs. Nothing here changes what it makes, but for rounding."""
-
-    processes: Int = Field(ge=1, description="processes of all nodes together, one per GPU")
-    zero_stage: Int = Field(ge=0, le=3, description="DeepSpeed's: what the processes share out, 0 nothing")
-    micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
-    threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
-    save_steps: Int = Field(ge=1, description="steps between saved training states")
-    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
-    mem_mb: Int = Field(ge=1, description="memory per node in MB")
-    runtime: Int = Field(ge=1, description="limit in minutes")
-    gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
-    offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")
-
-    @model_validator(mode="after")
-    def _sharing_out_comes_before_offloading(self) -> Run:
-        for what, least in (("optimizer", 1), ("parameters", 3)):
-            if what in self.offload and self.zero_stage < least:
-                raise ValueError(
-                    f"offload of {what} needs zero_stage {least} or more, not {self.zero_stage}:"
-                    f" DeepSpeed offloads what it shares out"
-                )
-        return self
-
-    @property
-    def cores(self) -> int:
-        """CPU cores that its processes keep busy."""
-        return self.processes * self.threads
-
-    @property
-    def cut(self) -> dict[str, int]:
-        """What a saved training state depends on: it holds shards."""
-        return {"processes": self.processes, "zero_stage": self.zero_stage}
-
-
-class TrainingRun(Run):
-    """How steps 1 and 2 run."""
-
-    packing: bool = Field(description="rows packed one after another; false: padded to the longest")
-
-
-class RlhfRun(Run):
-    """How step 3 runs."""
-
-    generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
-    offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
-        description="what lies in CPU memory"
-    )
 
 
 class Data(Section):
