@@ -30,9 +30,6 @@ test: setup
 test-quick: setup
 	$(BIN)/python tests/run_layers.py unit math
 
-bench: setup
-	$(BIN)/python tests/bench/data.py
-
 # On a real cluster that it starts itself; says why where it cannot. K8S_REQUIRED=1 makes that an error.
 test-k8s: setup
 	$(BIN)/python tests/k8s/harness.py || { test -z "$$K8S_REQUIRED" && exit 0; exit 1; } && \
@@ -57,6 +54,11 @@ image:
 
 learn: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/learn/learn.py
+
+bench: setup
+	$(BIN)/python tests/bench/data.py
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/launch.py --log logs/bench.log tests/bench/packing.py
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/bench/memory.py
 
 lint: setup
 	$(BIN)/ruff check .

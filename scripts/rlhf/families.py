@@ -20,6 +20,9 @@ LINEAR = {
     "gemma2": _LLAMA,
 }
 
+# What a causal language model calls its head, if the embeddings are not tied to it.
+LANGUAGE_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
+
 
 def linear_layers(config: Any) -> tuple[str, ...]:
     """Return the names of the linear layers of a decoder layer.

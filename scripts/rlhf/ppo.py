@@ -23,6 +23,7 @@ from rlhf.config import Rlhf
 from rlhf.ema import Ema
 from rlhf.errors import DataError
 from rlhf.generation import Sampling
+from rlhf.health import Health
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import response_logits, token_logprobs, token_values
 from rlhf.parallel import own, rank, total
@@ -81,7 +82,7 @@ def train(
     found = state.load()
     done = found[0] if found else 0
     control = Controller(**found[1]) if found else _calibrate(models, config, sampling, seed, prompts)
-    metrics = Metrics(work, board, done)
+    metrics, health = Metrics(work, board, done), Health()
     bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
     for iteration in bar:
         # 1. Replies to the next prompts, and what all models say of them.
@@ -100,6 +101,8 @@ def train(
                 config.rollout_batch_size, config.kl_horizon,
             )  # fmt: skip
         metrics.log(iteration + 1, values)
+        if rank() == 0:
+            health.look(iteration + 1, values)
         bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(control))

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
@@ -33,9 +32,13 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[None]:
     """Have whole parameters within this; with `changed` all processes keep what rank 0 made of them."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(
-        sharded, modifier_rank=0 if changed else None, enabled=bool(sharded)
-    ):
+    if not sharded:
+        yield
+        return
+    # Here, since whoever only answers or evaluates loads no DeepSpeed: it takes seconds.
+    from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415
+
+    with GatheredParameters(sharded, modifier_rank=0 if changed else None):
         yield
 
 

@@ -17,7 +17,7 @@ from rlhf.models import evaluating
 from rlhf.progress import progress
 from rlhf.rows import Ids, Rows
 from rlhf.state import State
-from rlhf.tokens import Padded
+from rlhf.tokens import Packed, Padded
 
 Batch = Sequence[list[Ids]]
 
@@ -110,6 +110,6 @@ def in_batches(rows: Batch, size: int = 64) -> Iterator[Batch]:
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
 
 
-def on_device(batch: Padded) -> Padded:
+def on_device(batch: Padded | Packed) -> Padded | Packed:
     """Return a batch on this process's device."""
     return batch.to(parallel.device())

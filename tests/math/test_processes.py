@@ -53,6 +53,8 @@ SAME = {  # name -> a case that must do as another one does
     **{f"{stage}-checkpointed": (case(stage, 0, run={"gradient_checkpointing": True}), f"{stage}-0")
        for stage in STAGES},
     **{f"{stage}-micro": (case(stage, 0, run={"micro_batch_size": 2}), f"{stage}-0") for stage in STAGES},
+    **{f"{stage}-packed-{zero}": (case(stage, zero, run={"packing": True}), f"{stage}-0")
+       for stage in ("sft", "reward") for zero in (0, 3)},
     "sft-offload-2": (case("sft", 2, run={"offload": ["optimizer"]}), "sft-0"),
     "reward-offload-3": (case("reward", 3, run={"offload": ["optimizer", "parameters"]}), "reward-0"),
     "rlhf-offload-0": (case("rlhf", 0, run={"offload": ["reference"]}), "rlhf-0"),
@@ -104,7 +106,7 @@ def test_every_step_is_the_same_over_processes_and_zero_stages(made, stage, zero
 
 
 @pytest.mark.parametrize(("name", "reference"), [(name, of) for name, (_, of) in SAME.items()])
-def test_every_step_is_the_same_over_micro_batches_checkpointing_and_offload(made, name, reference):
+def test_every_step_is_the_same_over_micro_batches_packing_checkpointing_and_offload(made, name, reference):
     assert_equal_trainings(made[1, reference], made[2, name])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
     """Train one case; save its model and metrics below `where`."""
     made, model = settings(case["stage"], case.get("changes", {})), None
     work = where / "work"
+    before = memory_mib()
     measured, model = train(case["stage"], made, sources, work, where)
+    peak = memory_mib()
     save(model, where / "model")
     adapters = made.actor_lora if case["stage"] == "rlhf" else made.lora
     if adapters and adapters.only:
@@ -70,6 +73,7 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
         sharding.write_shards(model, shards, SHARD_BYTES)
     if parallel.rank() == 0:
         (where / "measured.json").write_text(json.dumps(measured))
+        (where / "memory.json").write_text(json.dumps({"before_mib": before, "peak_mib": peak}))
         shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
     if case.get("again"):
         resume(case["stage"], made, sources, work, where / "again")
@@ -77,6 +81,13 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
     if parallel.rank() == 0:
         (where / "state.json").write_text(json.dumps(saved_weights(work)))
         shutil.rmtree(work)
+
+
+def memory_mib() -> float:
+    """Return this process's peak so far: allocated on a GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def saved_weights(work: Path) -> list[str]:
@@ -123,7 +134,8 @@ def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path
             with ema.in_place():
                 save(model, where / "model_ema")
         return measured, model
-    task = {"sft": sft, "reward": reward}[stage].task(PAD)
+    width = {"sft": 1, "reward": 2}[stage] * made.max_tokens if made.run.packing else None
+    task = {"sft": sft, "reward": reward}[stage].task(PAD, width)
     return supervised.train(task, model, made, SEED, data, work, board)[0], model
 
 

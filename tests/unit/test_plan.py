@@ -111,11 +111,17 @@ def test_swapped_learning_rates_are_another_training():
     assert changed(swapped, rates) == {"sft", "reward", "rlhf", "eval"}
 
 
-@pytest.mark.parametrize("field", list(config.Run.model_fields))
-@pytest.mark.parametrize("stage", config.STAGES)
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        (stage, field)
+        for stage in config.STAGES
+        for field in (config.RlhfRun if stage == "rlhf" else config.TrainingRun).model_fields
+    ],
+)
 def test_how_a_stage_runs_is_in_no_name(stage, field):
     """Another value (the defaults have neither of these); offloading needs sharding first."""
-    values = {"offload": ["optimizer"], "gradient_checkpointing": True}
+    values = {"offload": ["optimizer"], "gradient_checkpointing": True, "packing": True}
     run = {"zero_stage": 1, "micro_batch_size": 16, "processes": 2, field: values.get(field, 2)}
     assert changed({stage: {"run": run}}) == set()
 
