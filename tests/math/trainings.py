@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +149,20 @@ class NoTokenizer:
         """Write nothing."""
 
 
-def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dict]) -> Path:
-    """Run cases in one launch of `processes` processes; return the directory with what they made."""
+def launch(
+    path: Path, processes: int, sources: dict[str, Path], cases: list[dict], *, each: bool = False
+) -> Path:
+    """Run cases in one launch of `processes` processes; return the directory with what they made.
+
+    With `each` a case that fails leaves its error in `error.txt` and the others go on.
+    """
     out, log = path / "out", path / "log"
-    plan = {"sources": {name: str(p) for name, p in sources.items()}, "out": str(out), "cases": cases}
+    plan = {
+        "sources": {name: str(p) for name, p in sources.items()},
+        "out": str(out),
+        "cases": cases,
+        "each": each,
+    }
     for case in cases:
         case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
     (path / "cases.json").write_text(json.dumps(plan))
@@ -159,7 +170,8 @@ def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dic
         sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--log", str(log),
         __file__, str(path / "cases.json"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == 0, log.read_text()[-6000:]
     return out
@@ -175,7 +187,14 @@ def main() -> None:
     engine.start(first.run, first.dtype)
     for case in plan["cases"]:
         sources = {name: Path(path) for name, path in {**plan["sources"], **case.get("sources", {})}.items()}
-        run(case, sources, Path(plan["out"], case["name"]))
+        where = Path(plan["out"], case["name"])
+        try:
+            run(case, sources, where)
+        except Exception:
+            if not plan["each"]:
+                raise
+            where.mkdir(parents=True, exist_ok=True)
+            (where / "error.txt").write_text(traceback.format_exc())
 
 
 if __name__ == "__main__":
