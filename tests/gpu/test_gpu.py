@@ -97,7 +97,7 @@ def made(tmp_path_factory):
     for stage in STAGES:
         trainings.write_rows(root / "data" / stage, stage, vocabulary=1024, longest=20)
     sources = {"actor": root / "actor", "scorer": root / "scorer", "data": root / "data"}
-    return trainings.launch(root, 1, sources, [c for c, _ in VARIANTS.values()], each=True)
+    return trainings.launch(root, 1, sources, [c for c, _ in VARIANTS.values()], each=True, gpus=1)
 
 
 def columns(path):
@@ -162,7 +162,7 @@ def run(command, figure, what):
 
 def test_packing_is_quicker_than_padding(figure, tmp_path):
     command = [
-        sys.executable, "scripts/launch.py", "--log", str(tmp_path / "log"), "tests/bench/packing.py",
+        sys.executable, "scripts/launch.py", "--gpus", "1", "--log", str(tmp_path / "log"), "tests/bench/packing.py",
         "--dtype", "bf16", "--hidden", "1024", "--layers", "16", "--vocabulary", "32768", "--micro", "32",
         "--batch", "128", "--steps", "12",
     ]  # fmt: skip
@@ -182,14 +182,16 @@ def test_lora_needs_at_most_60_percent_of_the_memory(figure):
 
 def test_tiny_learns_through_the_snakefile(figure, tmp_path):
     pytest.importorskip("snakemake", reason="snakemake is not installed here")
-    (tmp_path / "config.yaml").write_text(f"pvc: {tmp_path}\n")
+    run = {"run": {"gpus": 1}}
+    gpu = {"base": "tiny", "sft": run, "reward": run, "rlhf": run}
+    (tmp_path / "config.yaml").write_text(json.dumps({"pvc": str(tmp_path), "scenarios": {"gpu": gpu}}))
     command = [
-        sys.executable, "-m", "snakemake", "results/tiny/rlhf/eval", "--cores", "4",
+        sys.executable, "-m", "snakemake", "results/gpu/rlhf/eval", "--cores", "4",
         "--configfile", str(tmp_path / "config.yaml"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False, timeout=420)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    f = json.loads((tmp_path / "results/tiny/rlhf/eval/summary.json").read_text())
+    f = json.loads((tmp_path / "results/gpu/rlhf/eval/summary.json").read_text())
     figure(
         f"tiny: VADER {f['judged_before']:.3f} -> {f['judged_after']:.3f} (at matched length"
         f" {f['judged_after_matched_length']:.3f}), KL {f['kl']:.2f}, distinct-2 {f['distinct_2_after']:.2f}"

@@ -150,7 +150,13 @@ class NoTokenizer:
 
 
 def launch(
-    path: Path, processes: int, sources: dict[str, Path], cases: list[dict], *, each: bool = False
+    path: Path,
+    processes: int,
+    sources: dict[str, Path],
+    cases: list[dict],
+    *,
+    each: bool = False,
+    gpus: int = 0,
 ) -> Path:
     """Run cases in one launch of `processes` processes; return the directory with what they made.
 
@@ -167,7 +173,7 @@ def launch(
         case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
     (path / "cases.json").write_text(json.dumps(plan))
     command = [
-        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--log", str(log),
+        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--gpus", str(gpus), "--log", str(log),
         __file__, str(path / "cases.json"),
     ]  # fmt: skip
     paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
