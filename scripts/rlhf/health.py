@@ -23,12 +23,13 @@ class Bound:
 
 
 BOUNDS = (
-    Bound("first_approx_kl", 0, 0.01,
+    # An estimate that is never negative but for rounding.
+    Bound("first_approx_kl", -1e-3, 0.01,
           "the first update of an iteration already sees another policy than the one that replied: log-probs"
           " of generation and training differ, or dropout is on"),
     Bound("ratio_mean", 0.9, 1.1, "updates move the policy far: lower the learning rate or ppo_epochs"),
     Bound("clip_fraction", 0, 0.4, "most of a mini-batch is clipped: lower the learning rate or ppo_epochs"),
-    Bound("approx_kl", 0, 0.1, "an iteration moves the policy far: lower the learning rate or ppo_epochs"),
+    Bound("approx_kl", -1e-3, 0.1, "an iteration moves the policy far: lower the learning rate or ppo_epochs"),
     Bound("kl_ref", -1, 10, "replies are far from the SFT model's: raise kl_coef, or set kl_target"),
     Bound("entropy", 0.1, float("inf"), "the policy hardly draws any more: raise kl_coef or the temperature"),
     Bound("explained_variance", -1, 1, "the critic is worse than a constant: lower its learning rate"),

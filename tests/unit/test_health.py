@@ -33,6 +33,10 @@ def test_each_metric_outside_its_bounds_is_told_in_words(caplog, bound):
     assert bound.meaning in text
 
 
+def test_rounding_below_zero_is_well(caplog):
+    assert said(caplog, {"first_approx_kl": -7e-11, "approx_kl": -1e-9}) == []
+
+
 def test_leaving_and_coming_back_are_told_once_each(caplog):
     far = {"kl_ref": 12.0}
     lines = said(caplog, {}, far, far, {}, {}, far)
