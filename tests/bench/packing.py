@@ -11,7 +11,9 @@ sorting rows by length within the batch.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf import config, engine, parallel, sft, supervised
 from rlhf.batch import BatchPlan
 
+SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).parents[1] / "math/trainings.py")
+trainings = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(trainings)
 PAD, MAX_TOKENS = 1, 512
 OPTIMIZER = config.Optimizer(
     learning_rate=1e-4, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, max_grad_norm=1.0,
@@ -67,10 +72,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
-    run = config.Run(
-        processes=1, zero_stage=0, micro_batch_size=args.micro, threads=args.threads, save_steps=1,
-        log_steps=1, mem_mb=1, runtime=1, gradient_checkpointing=False, offload=(),
-    )  # fmt: skip
+    changes = {"run": {"micro_batch_size": args.micro, "threads": args.threads}}
+    run = trainings.settings("sft", changes).run
     engine.start(run, args.dtype)
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(
