@@ -76,8 +76,11 @@ class Cluster:
             if not self._context and not os.environ.get("KUBECONFIG") and SERVICE_ACCOUNT.exists():
                 config.load_incluster_config(client_configuration=settings)
                 return client.ApiClient(settings), (SERVICE_ACCOUNT / "namespace").read_text().strip()
-            config.load_kube_config(context=self._context, client_configuration=settings)
-            _, active = config.list_kube_config_contexts()
+            # Named, for the client looks at the variable only once, when it is imported.
+            file = os.environ.get("KUBECONFIG")
+            config.load_kube_config(file, self._context, client_configuration=settings)
+            contexts, active = config.list_kube_config_contexts(file)
+            active = next((found for found in contexts if found["name"] == self._context), active)
         except config.ConfigException as error:
             raise Unreachable(
                 f"no access to a cluster: {error}. Set KUBECONFIG, or run where a ServiceAccount is mounted."
