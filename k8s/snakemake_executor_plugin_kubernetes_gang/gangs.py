@@ -106,6 +106,7 @@ class Gangs:
         Raises:
             ApiError: the cluster refuses it.
         """
+        self._clear(spec)
         write_state(spec)
         *helpers, body = manifest.manifests(spec)
         made = []
@@ -174,34 +175,45 @@ class Gangs:
     def remove(self, gang: Json, spec: GangSpec) -> None:
         """Delete a gang and return when none of its pods can write any more."""
         self._delete_and_wait(gang)
-        if self._wait_for_pods(spec.name):
-            return
-        self._say(f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop")
-        self.fence(spec)
+        self._clear(spec)
         self.forget(spec.name)
+
+    def _clear(self, spec: GangSpec) -> None:
+        """Return when no pod of an earlier gang of this name can write, or holds a name that is needed.
+
+        A gang's object may be gone, or have failed, while pods of it still end.
+        """
+        if not self._wait_for_pods(spec):
+            self._say(
+                f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop"
+            )
+            self.fence(spec)
 
     def fence(self, spec: GangSpec) -> None:
         """Stop pods that the cluster cannot reach: by their token, on the volume that they write to."""
         write_state(spec)
         time.sleep(FENCE_S)
-        for pod in self._live_pods(spec.name):
+        for pod in self._pods_left(spec):
             self.cluster.delete(pod, grace_s=0)
 
-    def _wait_for_pods(self, name: str) -> bool:
+    def _wait_for_pods(self, spec: GangSpec) -> bool:
         """Wait while pods of a deleted gang end; False if a node does not answer."""
         begun = time.monotonic()
-        while live := self._live_pods(name):
-            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in live)
+        while left := self._pods_left(spec):
+            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in left)
             if time.monotonic() - begun > grace + UNANSWERED_S:
                 return False
             time.sleep(0.2)
         return True
 
-    def _live_pods(self, name: str) -> list[Json]:
+    def _pods_left(self, spec: GangSpec) -> list[Json]:
+        """Pods that may still write; of a DeepSpeedJob also ended ones, for their names are fixed."""
         pods = self.cluster.list_all(
-            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={name}"
+            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={spec.name}"
         )
-        return [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+        names_are_fixed = manifest.kind_of(spec) == "DeepSpeedJob"
+        ended = ("Succeeded", "Failed")
+        return [pod for pod in pods if names_are_fixed or pod.get("status", {}).get("phase") not in ended]
 
     def forget(self, name: str) -> None:
         """Drop what the mirrors keep of a gang."""

@@ -118,11 +118,25 @@ def test_an_expired_token_is_read_again(server, cluster):
 
 
 def test_tokens_do_not_get_into_messages(server, cluster):
-    server.script[:] = [error(403, "Forbidden", 'jobs.batch is forbidden: User "x"')]
+    server.script[:] = [error(403, "Forbidden", "violates PodSecurity")]
     with pytest.raises(ApiError) as caught:
         cluster.get("Job", "x")
     assert "first" not in str(caught.value) + "".join(cluster.said)
     assert caught.value.status == 403
+
+
+def test_an_api_server_that_does_not_know_its_roles_yet_is_asked_again(server, cluster):
+    server.script[:] = [
+        error(403, "Forbidden", 'jobs.batch is forbidden: User "x" cannot create resource "jobs"'),
+        OK,
+    ]
+    assert cluster.create({"kind": "Job", "metadata": {"name": "x"}}) == OK[2]
+
+
+def test_what_admission_refuses_is_not_asked_again(server, cluster):
+    server.script[:] = [error(403, "Forbidden", "exceeded quota: few"), OK]
+    with pytest.raises(ApiError, match="exceeded quota"):
+        cluster.create({"kind": "Job", "metadata": {"name": "x"}})
 
 
 def test_what_waiting_does_not_change_is_not_waited_for(server, cluster):
