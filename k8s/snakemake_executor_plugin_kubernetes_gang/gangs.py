@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import manifest, status
-from .cluster import ApiError, Cluster
+from .cluster import ApiError, Cluster, wait
 from .entrypoint import POLL_S
 from .mirror import Mirror
 from .spec import GangSpec
@@ -18,6 +18,7 @@ Json = dict[str, Any]
 
 # A pod looks at its token every POLL_S; a shared file system may show it an old one for some time.
 FENCE_S = 3 * POLL_S + 6
+HELPER_TRIES = 5
 UNANSWERED_S = 15  # beyond a pod's grace period: its node does not answer
 
 
@@ -112,13 +113,24 @@ class Gangs:
         made = []
         try:
             made = [self._create_helper(helper) for helper in helpers]
-            gang = self._create(body, spec.token)
+            gang = self._create_gang(body, spec.token, has_helpers=bool(made))
         except ApiError:
             for helper in made:
                 self.cluster.delete(helper)
             raise
         self.adopt_helpers(gang, made)
         return gang
+
+    def _create_gang(self, body: Json, token: str, *, has_helpers: bool) -> Json:
+        """Create a gang's object. A webhook may not have seen a helper that was made a moment ago."""
+        for attempt in range(HELPER_TRIES):
+            try:
+                return self._create(body, token)
+            except ApiError as error:
+                if not has_helpers or "not found" not in error.message or attempt == HELPER_TRIES - 1:
+                    raise
+                wait(attempt)
+        raise AssertionError("not reached")
 
     def _create(self, body: Json, token: str) -> Json:
         self.cluster.create(body, dry_run=True)
