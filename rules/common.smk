@@ -13,6 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from rlhf import codehash, config as configuration, plan as planning, store
 from rlhf.errors import UserError
+from rlhf.machine import visible_gpus
 
 
 def requested_scenarios():
@@ -161,7 +162,7 @@ def refuse_missing_gpus():
     """Refuse, before anything starts, a job on this machine that wants more GPUs than it has."""
     if workflow.executor_plugin.common_settings.non_local_exec:
         return
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    there = len(visible_gpus())
     for job in workflow.dag.needrun_jobs():
         if job.resources.get("gpus", 0) > there:
             print(

@@ -10,7 +10,7 @@ import argparse
 import readline  # noqa: F401  (input() gets line editing)
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="directory of the model")
     parser.add_argument("--prompt", help="answer this and end")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--seed", type=int, help="of sampling; drawn when not given")
+    parser.add_argument("--max-new-tokens", type=at_least(int, 1), default=64)
+    parser.add_argument("--temperature", type=at_least(float, 0), default=0.7, help="0 is greedy")
+    parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; drawn when not given")
     args = parser.parse_args()
     if not (args.model / "config.json").exists():
         raise UserError(f"{args.model} is no model directory (no config.json); make it with snakemake")
@@ -43,9 +43,26 @@ def main() -> None:
         return
     turns: list[str] = []
     while (line := _read()) is not None:
-        turns.append(line)
-        turns.append(answer(model, tokenizer, turns, sampling, seed + len(turns)))
-        print(turns[-1])
+        if not line.strip():
+            continue
+        try:
+            reply = answer(model, tokenizer, [*turns, line], sampling, seed + len(turns))
+        except UserError as error:  # the conversation goes on without the line
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        turns += [line, reply]
+        print(reply)
+
+
+def at_least(kind: type, least: float) -> Callable[[str], float]:
+    """Return a reader of an argument that refuses what is below `least`."""
+
+    def read(text: str) -> float:
+        if not (value := kind(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return float(value) if kind is float else int(value)
+
+    return read
 
 
 def _read() -> str | None:
@@ -65,6 +82,8 @@ def answer(
         UserError: even the last turn alone is too long for the model.
     """
     room = model.config.max_position_embeddings - sampling.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt")
     for start in range(0, len(turns), 2):
         text = prompt_texts(tokenizer, [turns[start:]])[0]
         ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]

@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from rlhf.machine import visible_gpus
+
 GPU_PAUSE = 10.0  # seconds between looks for a free GPU
 BAR_SECONDS = 10.0  # a progress bar leaves one line in the log per so many seconds
 
@@ -60,7 +62,7 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
 
     A job that asks for none gets none, so that two trainings never share one by accident.
     """
-    there = _visible_gpus() if count else []
+    there = visible_gpus() if count else []
     if len(there) < count:
         sys.exit(f"error: {count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
     with ExitStack() as stack:
@@ -69,13 +71,6 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
             print(f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", flush=True)
             time.sleep(GPU_PAUSE)
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
-
-
-def _visible_gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def _is_taken(device: str, stack: ExitStack) -> bool:

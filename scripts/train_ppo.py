@@ -38,6 +38,12 @@ def main() -> None:
 
         save(four.actor, "actor", "RLHF actor", "AutoModelForCausalLM")
         save(four.critic, "critic", "RLHF critic", "AutoModelForSequenceClassification")
+        for name, model, adapters, base in (
+            ("actor_adapter", four.actor, config.actor_lora, actor),
+            ("critic_adapter", four.critic, config.critic_lora, scorer),
+        ):
+            if adapters and adapters.only:
+                models.save_adapter(model, adapters, str(base), draft.path / name)
         if ema:
             with ema.in_place():
                 title = f"RLHF actor, mean of its weights (decay {ema.decay})"
@@ -51,7 +57,7 @@ def _load(actor: Path, scorer: Path, config: Rlhf) -> ppo.Models:
     with engine.loading(actor, name, sharded=sharded):
         policy = models.load_actor(actor, dtype)
     with engine.loading(actor, name, sharded=sharded or offloads, offloads=offloads):
-        reference = models.load_actor(actor, dtype)
+        reference = None if config.actor_is_reference else models.load_actor(actor, dtype)
     with engine.loading(scorer, name, sharded=sharded):
         scorers = [models.load_scorer(scorer, dtype) for _ in range(2)]
     return ppo.Models(policy, scorers[0], reference, scorers[1])

@@ -16,8 +16,9 @@ def main() -> None:
     dtype = engine.DTYPES[config.dtype]
     with engine.loading(args.parents["model"], config.dtype, sharded=config.run.zero_stage == 3):
         model = models.new_scorer(args.parents["model"], dtype, tokenizer.pad_token_id, seed)
+    width = 2 * config.max_tokens if config.run.packing else None
     measured, metrics = supervised.train(
-        reward.task(tokenizer.pad_token_id), model, config, seed,
+        reward.task(tokenizer.pad_token_id, width), model, config, seed,
         args.parents["data"], args.work, args.board,
     )  # fmt: skip
     with stage.publish(args) as draft:
@@ -26,6 +27,8 @@ def main() -> None:
         models.save(model, tokenizer, draft.path / "model")
         if parallel.rank() == 0:
             card.write(draft.path / "model", "Reward model", args.spec, measured, kind)
+        if config.lora and config.lora.only:
+            models.save_adapter(model, config.lora, str(args.parents["model"]), draft.path / "adapter")
         metrics.finish(draft.path)
 
 

@@ -15,8 +15,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args.parents["model"])
     with engine.loading(args.parents["model"], config.dtype, sharded=config.run.zero_stage == 3):
         model = models.load_actor(args.parents["model"], engine.DTYPES[config.dtype])
+    width = config.max_tokens if config.run.packing else None
     measured, metrics = supervised.train(
-        sft.task(tokenizer.pad_token_id), model, config, seed,
+        sft.task(tokenizer.pad_token_id, width), model, config, seed,
         args.parents["data"], args.work, args.board,
     )  # fmt: skip
     with stage.publish(args) as draft:
@@ -24,6 +25,8 @@ def main() -> None:
         models.save(model, tokenizer, draft.path / "model")
         if parallel.rank() == 0:
             card.write(draft.path / "model", "SFT actor", args.spec, measured, "AutoModelForCausalLM")
+        if config.lora and config.lora.only:
+            models.save_adapter(model, config.lora, str(args.parents["model"]), draft.path / "adapter")
         metrics.finish(draft.path)
 
 

@@ -7,20 +7,14 @@ threads, intervals) stands in each stage's `run` and takes no part in an artefac
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf import catalog
+from rlhf.config_training import Dtype, Float, Int, Lora, Optimizer, RlhfRun, Section, TrainingRun, multiples
+from rlhf.config_training import Run as Run
 from rlhf.errors import ConfigError
 from rlhf.layers import Tree, chain_of, listing, merge, mistakes, unknown
 
@@ -29,13 +23,6 @@ STAGES = ("sft", "reward", "rlhf")
 SCENARIO = re.compile(r"[a-z0-9][a-z0-9-]*")  # a scenario's name, which is part of paths
 
 REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"  # a branch, tag or commit; part of paths
-
-
-def _not_a_bool(value: object) -> object:
-    """Refuse yes/no where a number belongs: YAML 1.1 makes booleans of many words."""
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    return value
 
 
 def _known_model(name: str) -> str:
@@ -50,20 +37,8 @@ def _known_dataset(name: str) -> str:
     return name
 
 
-Int = Annotated[int, BeforeValidator(_not_a_bool)]
-Float = Annotated[float, BeforeValidator(_not_a_bool)]
-Beta = Annotated[Float, Field(ge=0, lt=1)]
 ModelName = Annotated[str, AfterValidator(_known_model)]
 DatasetName = Annotated[str, AfterValidator(_known_dataset)]
-
-
-Dtype = Literal["bf16", "fp16", "fp32"]
-
-
-class Section(BaseModel):
-    """Frozen; unknown fields, NaN and infinities are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _only_the_hub_has_revisions(name: str, revision: str) -> None:
@@ -153,89 +128,6 @@ Datasets = Annotated[
 ]
 
 
-class Optimizer(Section):
-    """AdamW with a schedule over optimizer steps."""
-
-    learning_rate: Float = Field(ge=0, description="peak learning rate")
-    weight_decay: Float = Field(ge=0, description="decoupled, on matrices only")
-    betas: tuple[Beta, Beta] = Field(description="Adam's moment decay rates")
-    eps: Float = Field(gt=0, description="Adam's denominator term")
-    max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
-    schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
-    warmup_steps: Int | None = Field(None, ge=0, description="optimizer steps of linear warm-up")
-    warmup_ratio: Float | None = Field(None, ge=0, lt=1, description="the same as a part of all steps")
-    final_ratio: Float = Field(ge=0, le=1, description="last learning rate / peak")
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Optimizer:
-        if (self.warmup_steps is None) == (self.warmup_ratio is None):
-            raise ValueError("give either warmup_steps or warmup_ratio (the other one: null)")
-        return self
-
-    def warmup(self, steps: int) -> int:
-        """Return the steps of linear warm-up of a training of `steps`."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        return round((self.warmup_ratio or 0.0) * steps)
-
-
-class Run(Section):
-    """How a stage runs. Nothing here changes what it makes, but for rounding."""
-
-    nodes: Int = Field(ge=1, description="machines, or pods of a cluster job")
-    gpus: Int = Field(ge=0, description="GPUs per node; 0 trains on the CPU")
-    processes: Int = Field(ge=1, description="processes of all nodes together, one per GPU")
-    zero_stage: Int = Field(ge=0, le=3, description="DeepSpeed's: what the processes share out, 0 nothing")
-    micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
-    threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
-    save_steps: Int = Field(ge=1, description="steps between saved training states")
-    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
-    mem_mb: Int = Field(ge=1, description="memory per node in MB")
-    shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
-    runtime: Int = Field(ge=1, description="limit in minutes")
-    gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
-    offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")
-
-    @model_validator(mode="after")
-    def _a_process_per_gpu(self) -> Run:
-        wanted = self.nodes * self.gpus or self.processes
-        if self.processes != wanted or self.processes % self.nodes:
-            raise ValueError(
-                f"processes {self.processes} do not fit {self.nodes} nodes with {self.gpus} GPUs each: choose"
-                f" {wanted if self.gpus else _multiples(self.processes, self.nodes)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sharing_out_comes_before_offloading(self) -> Run:
-        for what, least in (("optimizer", 1), ("parameters", 3)):
-            if what in self.offload and self.zero_stage < least:
-                raise ValueError(
-                    f"offload of {what} needs zero_stage {least} or more, not {self.zero_stage}:"
-                    f" DeepSpeed offloads what it shares out"
-                )
-        return self
-
-    @property
-    def cores(self) -> int:
-        """CPU cores that its processes keep busy."""
-        return self.processes * self.threads
-
-    @property
-    def cut(self) -> dict[str, int]:
-        """What a saved training state depends on: it holds shards."""
-        return {"processes": self.processes, "zero_stage": self.zero_stage}
-
-
-class RlhfRun(Run):
-    """How step 3 runs."""
-
-    generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
-    offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
-        description="what lies in CPU memory"
-    )
-
-
 class Data(Section):
     """Who gets which rows."""
 
@@ -260,7 +152,8 @@ class Training(Section):
     eval_rows: Int = Field(ge=1, description="held-out rows that are measured, at most")
     dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     optimizer: Optimizer
-    run: Run
+    lora: Lora | None = Field(None, description="adapters; null: train all weights")
+    run: TrainingRun
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -323,7 +216,14 @@ class Rlhf(Section):
     dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
     actor: Optimizer
     critic: Optimizer
+    actor_lora: Lora | None = Field(None, description="adapters of the actor; null: train all weights")
+    critic_lora: Lora | None = Field(None, description="adapters of the critic; null: train all weights")
     run: RlhfRun
+
+    @property
+    def actor_is_reference(self) -> bool:
+        """Whether the actor without its adapters is the reference model: no second copy."""
+        return self.actor_lora is not None and self.actor_lora.only
 
     @model_validator(mode="after")
     def _lengths(self) -> Rlhf:
@@ -335,10 +235,15 @@ class Rlhf(Section):
                 f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}:"
                 f" the coefficient would jump; choose {self.rollout_batch_size} or more"
             )
+        if self.actor_is_reference and "reference" in self.run.offload:
+            raise ValueError(
+                "offload of reference: with actor_lora the actor without adapters is the reference, and"
+                " there is no copy to offload; leave it out"
+            )
         if self.rollout_batch_size % self.mini_batches:
             wrong.append(
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of mini_batches"
-                f" {self.mini_batches}: choose {_multiples(self.rollout_batch_size, self.mini_batches)}"
+                f" {self.mini_batches}: choose {multiples(self.rollout_batch_size, self.mini_batches)}"
             )
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -378,7 +283,7 @@ class Scenario(Section):
         }
         wrong = [
             f"{field} = {size} is not a multiple of micro_batch_size {run.micro_batch_size}"
-            f" x processes {run.processes}: choose {_multiples(size, part)}"
+            f" x processes {run.processes}: choose {multiples(size, part)}"
             for field, (size, run) in wholes.items()
             if size % (part := run.micro_batch_size * run.processes)
         ]
@@ -410,11 +315,6 @@ class Config(Section):
     pvc: str = Field(".", min_length=1, description="mount point of the volume for all artefacts")
     offline: bool = Field(False, description="nothing is asked of the Hub; what is missing is an error")
     scenarios: dict[str, Scenario]
-
-
-def _multiples(value: int, step: int) -> str:
-    below, above = value // step * step, math.ceil(value / step) * step
-    return f"{below} or {above}" if below else str(above)
 
 
 def load(tree: Tree) -> Config:

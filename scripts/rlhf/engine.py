@@ -19,9 +19,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rlhf import parallel
 from rlhf.batch import BatchPlan
-from rlhf.config import Optimizer, Run
+from rlhf.config import Lora, Optimizer, Run
 from rlhf.ds_config import ds_config, frozen_config
 from rlhf.errors import UserError
+from rlhf.lora import is_adapter
 from rlhf.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,14 @@ class Root(nn.Module):
 
     def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         return compute(self.model, *arguments)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out second names of frozen weights: DeepSpeed leaves out the first ones alone."""
+        state, first = super().state_dict(*args, **kwargs), {n for n, _ in self.named_parameters()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name not in first and not parameter.requires_grad:
+                state.pop(name, None)
+        return state
 
 
 def bare(rooted: Any) -> Any:
@@ -91,16 +100,19 @@ def loading(path: Path, dtype: str, *, sharded: bool, offloads: bool = False) ->
         del sharding
 
 
-def initialise(model: Any, optimizer: Optimizer, batch: BatchPlan, dtype: str, steps: int, run: Run) -> Any:
+def initialise(
+    model: Any, optimizer: Optimizer, lora: Lora | None, batch: BatchPlan, dtype: str, steps: int, run: Run
+) -> Any:
     """Return a DeepSpeed engine around `Root(model)`.
 
     Args:
+        lora: whose adapters the model has.
         steps: optimizer steps of the whole training, which the schedule spans.
     """
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = torch.optim.AdamW(
-        _groups(model, optimizer.weight_decay), lr=optimizer.learning_rate,
+        _groups(model, optimizer, lora), lr=optimizer.learning_rate,
         betas=optimizer.betas, eps=optimizer.eps, fused=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(optimizer, step, steps))
@@ -122,13 +134,19 @@ def frozen(model: Any, dtype: str, *, offloads: bool = False) -> Any:
     return engine
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices only: neither biases nor norms."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
+def _groups(model: nn.Module, optimizer: Optimizer, lora: Lora | None) -> list[dict[str, Any]]:
+    """Adapters have a learning rate of their own; decay matrices only: neither biases nor norms."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = [p for name, p in trained.items() if is_adapter(name)]
+    others = [p for name, p in trained.items() if not is_adapter(name)]
+    decay = optimizer.weight_decay
+    groups = [
+        {"params": [p for p in others if _dimensions(p) >= 2], "weight_decay": decay},
+        {"params": [p for p in others if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
+    if lora:
+        groups = [{"params": adapters, "weight_decay": decay, "lr": lora.learning_rate}, *groups]
+    return [group for group in groups if group["params"]]
 
 
 def _dimensions(parameter: Tensor) -> int:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rlhf import jsonl, parallel
 
 Values = dict[str, float]
+NAME = "metrics.jsonl"
 
 
 class Metrics:
@@ -26,7 +27,7 @@ class Metrics:
 
     def __init__(self, work: Path, tensorboard: Path, done: int) -> None:
         """Continue after step `done`: what was written for later steps is dropped."""
-        self.path = work / "metrics.jsonl"
+        self.path = work / NAME
         self._silent = parallel.rank() > 0
         if self._silent:
             return
@@ -51,7 +52,7 @@ class Metrics:
         if self._silent:
             return
         self._board.close()
-        (out / "metrics.jsonl").write_bytes(self.path.read_bytes())
+        (out / NAME).write_bytes(self.path.read_bytes())
         draw(self.path, out / "curves.png")
 
 

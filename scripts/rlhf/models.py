@@ -5,6 +5,7 @@ Letters: B batch, T tokens of a sequence, A of a response, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,10 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
-from rlhf import parallel, sharding
+from rlhf import families, lora, parallel, sharding
+from rlhf.config import Lora
 from rlhf.errors import DataError
-from rlhf.tokens import Padded
+from rlhf.tokens import Packed, Padded
+
+transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
 
 
 def load_actor(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -54,7 +60,7 @@ def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTra
     """
     model = _load(
         AutoModelForSequenceClassification, path, dtype,
-        allowed={"score.weight", "lm_head.weight"}, num_labels=1, pad_token_id=pad_id,
+        allowed={"score.weight"} | families.LANGUAGE_HEADS, num_labels=1, pad_token_id=pad_id,
     )  # fmt: skip
     head: Tensor = model.score.weight
     with sharding.whole([head], changed=True), torch.no_grad():
@@ -75,11 +81,9 @@ def _load(kind: Any, path: Path, dtype: torch.dtype, allowed: set[str], **option
     return model
 
 
-def hidden_inputs(batch: Padded) -> dict[str, Tensor]:
-    """Return a model's inputs; positions count real tokens, so padding moves nothing."""
-    return {
-        "input_ids": batch.ids, "attention_mask": batch.mask.long(), "position_ids": batch.positions
-    }  # fmt: skip
+def hidden_inputs(batch: Padded | Packed) -> dict[str, Tensor]:
+    """Return a model's inputs; positions count a sequence's own tokens, whatever lies beside it."""
+    return {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
 
 
 def response_logits(model: nn.Module, batch: Padded, length: int, temperature: float = 1.0) -> Tensor:
@@ -99,7 +103,7 @@ def response_logprobs(model: Any, batch: Padded, length: int, temperature: float
     return token_logprobs(response_logits(model, batch, length, temperature), batch.ids[:, -length:])
 
 
-def masked_logprobs(model: Any, batch: Padded, labels: Tensor) -> Tensor:
+def masked_logprobs(model: Any, batch: Padded | Packed, labels: Tensor) -> Tensor:
     """Return (N,) float32: log-probability of each of the N tokens where `labels` (B, T) is True.
 
     The vocabulary is only looked at where it counts: logits of prompts and padding are not made.
@@ -109,16 +113,16 @@ def masked_logprobs(model: Any, batch: Padded, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits, batch.ids[:, 1:][labels[:, 1:]], reduction="none")
 
 
-def token_values(model: Any, batch: Padded) -> Tensor:
+def token_values(model: Any, batch: Padded | Packed) -> Tensor:
     """Return (B, T) float32: a scorer's output at every token."""
     hidden = model.base_model(**hidden_inputs(batch), use_cache=False).last_hidden_state
     values: Tensor = model.score(hidden)[..., 0].float()
     return values
 
 
-def scores(model: Any, batch: Padded) -> Tensor:
-    """Return (B,) float32: a scorer's output at the last real token of each sequence."""
-    return token_values(model, batch).gather(1, batch.last[:, None])[:, 0]
+def scores(model: Any, batch: Padded | Packed) -> Tensor:
+    """Return (N,) float32: a scorer's output at the last real token of each sequence."""
+    return token_values(model, batch).flatten()[batch.ends]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
@@ -137,11 +141,43 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path)
         tokenizer.save_pretrained(path)
     if not sharding.is_sharded(model):
         if parallel.rank() == 0:
-            model.save_pretrained(path)
+            model.save_pretrained(path, state_dict=_published(model))
         return
     if parallel.rank() == 0:
         _save_settings(model, path)
     sharding.write_shards(model, path)
+
+
+def _published(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return the weights with adapters merged, or None where there are none."""
+    adapted = {f"{name}.weight": layer for name, layer in lora.layers(model).items()}
+    if not adapted:
+        return None
+    with torch.no_grad():
+        return {
+            name: adapted[name].merged() if name in adapted else tensor
+            for name, tensor in model.state_dict().items()
+            if not lora.is_adapter(name)
+        }
+
+
+def save_adapter(model: PreTrainedModel, config: Lora, base: str, path: Path) -> None:
+    """Write the adapter as PEFT reads it; all processes call it, rank 0 writes.
+
+    Args:
+        base: where the model without adapters lies.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with sharding.whole([parameter]):
+                key = f"{name}.weight" if lora.is_adapter(name) else name
+                tensors[f"base_model.model.{key}"] = parameter.detach().cpu().clone().contiguous()
+    if parallel.rank() == 0:
+        path.mkdir(parents=True)
+        save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+        settings = json.dumps(lora.peft_config(model, config, base), indent=2, sort_keys=True)
+        (path / "adapter_config.json").write_text(settings + "\n")
 
 
 def _save_settings(model: PreTrainedModel, path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 Item = TypeVar("Item")
@@ -18,7 +17,10 @@ Item = TypeVar("Item")
 
 def device() -> torch.device:
     """Return this process's device."""
-    return torch.device(get_accelerator().current_device_name())
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def rank() -> int:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from rlhf import catalog, store
 from rlhf.config import Config, Dataset, Model, Run, Scenario
+from rlhf.errors import ConfigError
 
 # The entry script of each kind of artefact: its code is part of the artefact's name.
 ENTRY = {
@@ -60,7 +61,18 @@ class Plan:
     results: dict[str, str]
 
     def artefact_of(self, result: str) -> Artefact:
-        """Return the artefact that a name under `results/` leads into."""
+        """Return the artefact that a name under `results/` leads into.
+
+        Raises:
+            ConfigError: the scenario does not make it.
+        """
+        if result not in self.results:
+            scenario = "/".join(result.split("/")[:2])
+            made = ", ".join(name for name in self.results if name.startswith(f"{scenario}/"))
+            raise ConfigError(
+                f"{result} is not made: adapters need `lora` with `only`, actor_ema needs rlhf.ema_decay."
+                f" This scenario makes {made}"
+            )
         stage, name = self.results[result].split("/")[1:3]
         return self.artefacts[f"store/{stage}/{name}"]
 
@@ -120,8 +132,16 @@ class _Builder:
             s.rlhf.run.model_copy(update={"processes": 1, "zero_stage": 0, "offload": ()}),
             f"replies of {s.actor.model} before and after RLHF",
         )
-        averaged = {"rlhf/actor_ema": f"{rlhf}/actor_ema"} if s.rlhf.ema_decay is not None else {}
-        return averaged | {
+        optional = {
+            "sft/adapter": (s.sft.lora and s.sft.lora.only, sft),
+            "reward/adapter": (s.reward.lora and s.reward.lora.only, reward),
+            "rlhf/actor_adapter": (s.rlhf.actor_lora and s.rlhf.actor_lora.only, rlhf),
+            "rlhf/critic_adapter": (s.rlhf.critic_lora and s.rlhf.critic_lora.only, rlhf),
+            "rlhf/actor_ema": (s.rlhf.ema_decay, rlhf),
+        }
+        return {
+            what: f"{made}/{what.split('/')[1]}" for what, (wanted, made) in optional.items() if wanted
+        } | {
             "sft/actor": f"{sft}/model",
             "sft/curves.png": f"{sft}/curves.png",
             "reward/model": f"{reward}/model",

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf import engine, jsonl, order, ppo_math, rollout
+from rlhf import engine, jsonl, lora, order, ppo_math, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
 from rlhf.config import Rlhf
 from rlhf.ema import Ema
 from rlhf.errors import DataError
 from rlhf.generation import Sampling
+from rlhf.health import Health
 from rlhf.metrics import Metrics, Values, significant
 from rlhf.models import response_logits, token_logprobs, token_values
 from rlhf.parallel import own, rank, total
@@ -81,7 +82,7 @@ def train(
     found = state.load()
     done = found[0] if found else 0
     control = Controller(**found[1]) if found else _calibrate(models, config, sampling, seed, prompts)
-    metrics = Metrics(work, board, done)
+    metrics, health = Metrics(work, board, done), Health()
     bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
     for iteration in bar:
         # 1. Replies to the next prompts, and what all models say of them.
@@ -100,6 +101,8 @@ def train(
                 config.rollout_batch_size, config.kl_horizon,
             )  # fmt: skip
         metrics.log(iteration + 1, values)
+        if rank() == 0:
+            health.look(iteration + 1, values)
         bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(control))
@@ -121,11 +124,15 @@ def _learner(
     both = batch if ptx is None else replace(
         batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps
     )  # fmt: skip
+    for model, adapters in ((models.actor, config.actor_lora), (models.critic, config.critic_lora)):
+        if adapters:
+            lora.add(model, adapters, seed)
+    dtype, offloads, reference = config.dtype, "reference" in run.offload, models.reference
     engines = Models(
-        engine.initialise(models.actor, config.actor, both, config.dtype, steps, run),
-        engine.initialise(models.critic, config.critic, batch, config.dtype, steps, run),
-        engine.frozen(models.reference, config.dtype, offloads="reference" in run.offload),
-        engine.frozen(models.reward, config.dtype),
+        engine.initialise(models.actor, config.actor, config.actor_lora, both, dtype, steps, run),
+        engine.initialise(models.critic, config.critic, config.critic_lora, batch, dtype, steps, run),
+        None if reference is None else engine.frozen(reference, dtype, offloads=offloads),
+        engine.frozen(models.reward, dtype),
     )
     ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)
     state.engines |= {"actor": engines.actor, "critic": engines.critic}

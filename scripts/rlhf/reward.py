@@ -13,33 +13,33 @@ from torch import Tensor
 from rlhf.metrics import Values
 from rlhf.models import scores
 from rlhf.supervised import Batch, Task, on_device
-from rlhf.tokens import pad
+from rlhf.tokens import arrange
 
 SUMS = ("accuracy", "loss", "margin", "pairs")
 
 
-def task(pad_id: int) -> Task:
-    """Return what step 2 learns."""
-    return Task(len, partial(_loss, pad_id=pad_id), SUMS, partial(_measure, pad_id=pad_id), _figures)
+def task(pad_id: int, pack_width: int | None = None) -> Task:
+    """Return what step 2 learns, from pairs packed to `pack_width` tokens, or padded without it."""
+    options = {"pad_id": pad_id, "pack_width": pack_width}
+    return Task(len, partial(_loss, **options), SUMS, partial(_measure, **options), _figures)
 
 
-def _pair_scores(model: Any, rows: Batch, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return scores (B,) of the chosen and (B,) of the rejected responses."""
-    chosen = [np.concatenate([prompt, better]) for prompt, better, _ in rows]
-    rejected = [np.concatenate([prompt, worse]) for prompt, _, worse in rows]
-    batch = on_device(pad(chosen + rejected, pad_id, side="right"))
-    first, second = scores(model, batch).chunk(2)
-    return first, second
+def _pair_scores(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> tuple[Tensor, Tensor]:
+    """Return scores (B,) of the chosen and (B,) of the rejected responses; a pair shares a row."""
+    pairs = [[np.concatenate([prompt, reply]) for reply in replies] for prompt, *replies in rows]
+    batch = on_device(arrange(pairs, pad_id, pack_width))
+    chosen, rejected = scores(model, batch).view(-1, 2).unbind(1)
+    return chosen, rejected
 
 
-def _loss(model: Any, rows: Batch, pad_id: int) -> Tensor:
+def _loss(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Tensor:
     """Return the summed -log sigmoid(chosen - rejected). Source: Ouyang et al. 2022, eq. 1."""
-    chosen, rejected = _pair_scores(model, rows, pad_id)
+    chosen, rejected = _pair_scores(model, rows, pad_id, pack_width)
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-def _measure(model: Any, rows: Batch, pad_id: int) -> Values:
-    chosen, rejected = _pair_scores(model, rows, pad_id)
+def _measure(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Values:
+    chosen, rejected = _pair_scores(model, rows, pad_id, pack_width)
     margins = chosen - rejected
     found = (margins > 0, -F.logsigmoid(margins), margins, torch.ones_like(margins))
     return {name: float(x.double().sum()) for name, x in zip(SUMS, found, strict=True)}

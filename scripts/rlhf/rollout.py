@@ -6,6 +6,7 @@ Letters: B batch, P tokens of a prompt, A of a response.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf.batch import exact_div
 from rlhf.config import RlhfRun
 from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling, generate, uniforms
+from rlhf.lora import off
 from rlhf.models import evaluating, response_logprobs, scores, token_values
 from rlhf.sharding import generator
 from rlhf.tokens import Ids, Padded, pad
@@ -62,11 +64,14 @@ PER_TOKEN = ("response_mask", "old_logprobs", "ref_logprobs", "values")
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of step 3: engines or `engine.Root`s."""
+    """The four models of step 3: engines or `engine.Root`s.
+
+    Without a `reference` the actor is one while its adapters are off.
+    """
 
     actor: Any
     critic: Any
-    reference: Any
+    reference: Any | None
     reward: Any
 
 
@@ -106,11 +111,21 @@ def observe(models: Models, made: Generated, temperature: float, micro_batch_siz
     with evaluating(models.actor), evaluating(models.critic):
         for part in micro_batches(len(made.ended), micro_batch_size):
             batch = Padded(made.batch.ids[part], made.batch.mask[part])
-            for column, model in zip(columns, (models.actor, models.reference), strict=False):
-                column.append(model(response_logprobs, batch, length, temperature))
+            columns[0].append(models.actor(response_logprobs, batch, length, temperature))
+            with _reference(models) as reference:
+                columns[1].append(reference(response_logprobs, batch, length, temperature))
             columns[2].append(models.critic(token_values, batch)[:, -length - 1 : -1])
             columns[3].append(models.reward(scores, batch))
     return Rollout(made.batch, made.response_mask, made.ended, *map(torch.cat, columns))
+
+
+@contextmanager
+def _reference(models: Models) -> Iterator[Any]:
+    if models.reference is not None:
+        yield models.reference
+        return
+    with off(bare(models.actor)):
+        yield models.actor
 
 
 def _joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:

@@ -12,13 +12,14 @@ from torch import Tensor
 from rlhf.metrics import Values
 from rlhf.models import masked_logprobs
 from rlhf.supervised import Batch, Task, on_device
-from rlhf.tokens import pad, response_labels
+from rlhf.tokens import arrange, response_labels
 
 
-def task(pad_id: int) -> Task:
-    """Return what step 1 learns."""
+def task(pad_id: int, pack_width: int | None = None) -> Task:
+    """Return what step 1 learns, from rows packed to `pack_width` tokens, or padded without it."""
+    options = {"pad_id": pad_id, "pack_width": pack_width}
     return Task(
-        _tokens, partial(_loss, pad_id=pad_id), ("loss", "tokens"), partial(_measure, pad_id=pad_id), _figures
+        _tokens, partial(_loss, **options), ("loss", "tokens"), partial(_measure, **options), _figures
     )
 
 
@@ -26,15 +27,15 @@ def _tokens(rows: Batch) -> int:
     return sum(len(response) for _, response in rows)
 
 
-def _loss(model: Any, rows: Batch, pad_id: int) -> Tensor:
+def _loss(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Tensor:
     """Return the summed negative log-likelihood of the responses' tokens."""
-    batch = on_device(pad([np.concatenate(row) for row in rows], pad_id, side="right"))
+    batch = on_device(arrange([[np.concatenate(row)] for row in rows], pad_id, pack_width))
     labels = response_labels([len(prompt) for prompt, _ in rows], batch)
     return -masked_logprobs(model, batch, labels).sum()
 
 
-def _measure(model: Any, rows: Batch, pad_id: int) -> Values:
-    return {"loss": _loss(model, rows, pad_id).item(), "tokens": _tokens(rows)}
+def _measure(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Values:
+    return {"loss": _loss(model, rows, pad_id, pack_width).item(), "tokens": _tokens(rows)}
 
 
 def _figures(sums: Values) -> Values:

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf import parallel
+from rlhf import lora, parallel
 
 SHARD_BYTES = 2 * 10**9  # as much is gathered at a time when a sharded model is saved
 
@@ -33,9 +32,13 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[None]:
     """Have whole parameters within this; with `changed` all processes keep what rank 0 made of them."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(
-        sharded, modifier_rank=0 if changed else None, enabled=bool(sharded)
-    ):
+    if not sharded:
+        yield
+        return
+    # Here, since whoever only answers or evaluates loads no DeepSpeed: it takes seconds.
+    from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415
+
+    with GatheredParameters(sharded, modifier_rank=0 if changed else None):
         yield
 
 
@@ -51,11 +54,10 @@ def generator(model: Any) -> Any:
         made = type(model)(copy.deepcopy(model.config))
     made = made.to(dtype=model.dtype).to_empty(device=parallel.device())
     made.tie_weights()
-    targets = dict(made.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            with whole([parameter]):
-                targets[name].copy_(parameter)
+        for name, target in made.named_parameters():
+            with whole(lora.parts(model, name)):
+                target.copy_(lora.published(model, name))
         for ours, theirs in zip(made.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
     return made.eval()
@@ -67,18 +69,18 @@ def write_shards(model: Any, path: Path, shard_bytes: int = SHARD_BYTES) -> None
     Rank 0 writes; no process ever holds more than `shard_bytes` of gathered weights, or the largest
     tensor.
     """
-    parameters = dict(model.named_parameters())
     shapes = {
         name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
-        for name, p in parameters.items()
+        for name, p in model.named_parameters()
+        if not lora.is_adapter(name)
     }
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     for file, names in plan.filename_to_tensors.items():
-        with whole([parameters[name] for name in names]):
+        with whole([part for name in names for part in lora.parts(model, name)]), torch.no_grad():
             if parallel.rank() == 0:
-                tensors = {name: parameters[name].detach().cpu().contiguous() for name in names}
+                tensors = {name: lora.published(model, name).cpu().contiguous() for name in names}
                 save_file(tensors, path / file, {"format": "pt"})
     if plan.is_sharded and parallel.rank() == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import store
-from rlhf.config import RlhfRun, Run, Section
+from rlhf.config import RlhfRun, Section, TrainingRun
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -55,7 +55,7 @@ def arguments(description: str | None) -> Arguments:
     parser.add_argument("--run", type=json.loads, help="how it is run, JSON")
     args = parser.parse_args()
     store.refuse_existing(args.output)
-    kind = RlhfRun if args.spec["stage"] in ("rlhf", "eval") else Run
+    kind = RlhfRun if args.spec["stage"] in ("rlhf", "eval") else TrainingRun
     run = kind.model_validate(args.run) if args.run else None
     return Arguments(args.spec, args.output, args.work, args.board, run, started)
 

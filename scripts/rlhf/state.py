@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf import parallel, store
 from rlhf.errors import UserError
+from rlhf.metrics import NAME as METRICS
 from rlhf.workdir import hold
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ HASHES, LOOP = "hashes.json", "loop.json"
 class State:
     """The states in `work`; `cut` says over how many processes they are, and how.
 
-    `engines` are DeepSpeed's, by role. `tensors` are others by name, filled in place on loading; those
+    `engines` are DeepSpeed's, by role; weights that are not trained are not saved. `tensors` are others by name, filled in place on loading; those
     in `shared` are the same in every process.
     """
 
@@ -62,7 +63,7 @@ class State:
             partial.mkdir()
         parallel.barrier()
         for role, engine in self.engines.items():
-            engine.save_checkpoint(str(partial / role), tag="state")
+            engine.save_checkpoint(str(partial / role), tag="state", exclude_frozen_parameters=True)
         for name, tensors in self.tensors.items():
             if parallel.rank() == 0 or name not in self.shared:
                 save_file({n: t.contiguous() for n, t in tensors.items()}, self._file(partial, name))
@@ -72,7 +73,9 @@ class State:
         parallel.barrier()
 
     def _finish(self, partial: Path, final: Path, record: dict[str, Any]) -> None:
-        """Make a state whole: the loop's values, hashes of all files, its name."""
+        """Make a state whole: metrics so far, the loop's values, hashes of all files, its name."""
+        if (self.work / METRICS).exists():
+            shutil.copy(self.work / METRICS, partial / METRICS)
         save_file({"torch": torch.get_rng_state()}, partial / "rng.safetensors")
         store.write_json(partial / LOOP, record)
         store.write_json(partial / HASHES, store.file_hashes(partial))
@@ -94,11 +97,14 @@ class State:
         record = json.loads((path / LOOP).read_text())
         self._check_cut(path, record["cut"])
         for role, engine in self.engines.items():
-            engine.load_checkpoint(str(path / role), tag="state")
+            frozen = any(not p.requires_grad for p in engine.module.parameters())
+            engine.load_checkpoint(str(path / role), tag="state", load_module_strict=not frozen)
         for name, tensors in self.tensors.items():
             for key, value in load_file(self._file(path, name)).items():
                 tensors[key].copy_(value)
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
+        if parallel.rank() == 0 and (path / METRICS).exists():
+            shutil.copy(path / METRICS, self.work / METRICS)  # whatever became of it since
         step = int(path.name.removeprefix("step-"))
         logger.info("resumed after step %d from %s", step, path)
         return step, record["loop"]
@@ -132,7 +138,7 @@ class State:
 def _is_whole(path: Path) -> bool:
     try:
         recorded = json.loads((path / HASHES).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return False
     found = store.file_hashes(path)
     found.pop(HASHES, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf import engine, order, parallel
+from rlhf import engine, lora, order, parallel
 from rlhf.batch import plan_batch, training_steps
 from rlhf.config import Training
 from rlhf.metrics import Metrics, Values, significant
@@ -17,7 +17,7 @@ from rlhf.models import evaluating
 from rlhf.progress import progress
 from rlhf.rows import Ids, Rows
 from rlhf.state import State
-from rlhf.tokens import Padded
+from rlhf.tokens import Packed, Padded
 
 Batch = Sequence[list[Ids]]
 
@@ -51,7 +51,9 @@ def train(
     state.lock()
     rows, held_out = Rows(data / "train"), Rows(data / "eval")
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
-    trained = engine.initialise(model, config.optimizer, batch, config.dtype, steps, run)
+    if config.lora:
+        lora.add(model, config.lora, seed)
+    trained = engine.initialise(model, config.optimizer, config.lora, batch, config.dtype, steps, run)
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})
     metrics, lengths = Metrics(work, board, done), rows.tokens_per_row
@@ -108,6 +110,6 @@ def in_batches(rows: Batch, size: int = 64) -> Iterator[Batch]:
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
 
 
-def on_device(batch: Padded) -> Padded:
+def on_device(batch: Padded | Packed) -> Padded | Packed:
     """Return a batch on this process's device."""
     return batch.to(parallel.device())

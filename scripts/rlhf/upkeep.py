@@ -184,11 +184,19 @@ def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return in words how two records differ, in configuration, parents and code."""
     lines = []
     for part in ("config", "parents"):
-        a, b = mine[part], other[part]
+        a, b = flat(mine[part]), flat(other[part])
         for key in sorted({*a, *b}):
             if a.get(key) != b.get(key):
                 lines.append(f"{part}.{key}: {a.get(key)!r}, there {b.get(key)!r}")
     return lines + ([] if mine["code"] == other["code"] else ["the code that makes it"])
+
+
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return a tree's leaves by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return leaves
 
 
 def differences(path: Path) -> list[str]:

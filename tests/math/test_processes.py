@@ -41,16 +41,26 @@ def sources(actor_path, tmp_path_factory):
     return {"actor": actor_path, "scorer": root / "scorer", "data": root / "data"}
 
 
+LORA = {"dim": 4, "alpha": 8, "learning_rate": 0.01}
+LORAS = {
+    "sft": {"lora": LORA},
+    "reward": {"lora": LORA | {"only": False}},
+    "rlhf": {"actor_lora": LORA, "critic_lora": LORA, "ema_decay": 0.5},
+}
 MEANS = {"ema_decay": 0.5, "ptx_coef": 2.0}
 EVERYTHING_OFF = {"offload": ["optimizer", "parameters", "reference"], "gradient_checkpointing": True}
 SAME = {  # name -> a case that must do as another one does
     **{f"{stage}-checkpointed": (case(stage, 0, run={"gradient_checkpointing": True}), f"{stage}-0")
        for stage in STAGES},
     **{f"{stage}-micro": (case(stage, 0, run={"micro_batch_size": 2}), f"{stage}-0") for stage in STAGES},
+    **{f"{stage}-packed-{zero}": (case(stage, zero, run={"packing": True}), f"{stage}-0")
+       for stage in ("sft", "reward") for zero in (0, 3)},
     "sft-offload-2": (case("sft", 2, run={"offload": ["optimizer"]}), "sft-0"),
     "reward-offload-3": (case("reward", 3, run={"offload": ["optimizer", "parameters"]}), "reward-0"),
     "rlhf-offload-0": (case("rlhf", 0, run={"offload": ["reference"]}), "rlhf-0"),
     "rlhf-offload-3": (case("rlhf", 3, run=EVERYTHING_OFF), "rlhf-0"),
+    **{f"lora-{stage}-{zero}": (case(stage, zero, again=True, **LORAS[stage]), f"lora-{stage}")
+       for stage in STAGES for zero in (0, 2, 3)},
     **{f"means-{zero}": (case("rlhf", zero, again=True, **MEANS), "means") for zero in (0, 2, 3)},
 }  # fmt: skip
 HALF = [case("sft", zero, f"half-{zero}", dtype="bf16") for zero in ZERO]
@@ -62,7 +72,8 @@ def made(sources, tmp_path_factory):
     cases = [case(stage, zero) for stage in STAGES for zero in ZERO]
     resumed = [{**c, "again": c["name"][-1] != "1"} for c in cases]
     same = [{**c, "name": name} for name, (c, _) in SAME.items()]
-    launched = {1: [*cases, case("rlhf", 0, "means", **MEANS)], 2: [*resumed, *same, *HALF]}
+    loras = [case(stage, 0, f"lora-{stage}", **LORAS[stage]) for stage in STAGES]
+    launched = {1: [*cases, case("rlhf", 0, "means", **MEANS), *loras], 2: [*resumed, *same, *HALF]}
     out = {n: trainings.launch(tmp_path_factory.mktemp("cases"), n, sources, c) for n, c in launched.items()}
     return {(n, path.name): path for n in out for path in out[n].iterdir()}
 
@@ -95,7 +106,7 @@ def test_every_step_is_the_same_over_processes_and_zero_stages(made, stage, zero
 
 
 @pytest.mark.parametrize(("name", "reference"), [(name, of) for name, (_, of) in SAME.items()])
-def test_every_step_is_the_same_over_micro_batches_checkpointing_and_offload(made, name, reference):
+def test_every_step_is_the_same_over_micro_batches_packing_checkpointing_and_offload(made, name, reference):
     assert_equal_trainings(made[1, reference], made[2, name])
 
 
@@ -150,7 +161,28 @@ def test_a_sharded_model_is_saved_a_file_at_a_time(made):
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-@pytest.mark.parametrize("kind", [*STAGES, "means"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_published_with_adapters_are_the_same_under_every_zero_stage(made, stage, zero):
+    expected = load_file(made[1, f"lora-{stage}"] / "model/model.safetensors")
+    assert expected.keys() == load_file(made[1, f"{stage}-0"] / "model/model.safetensors").keys()
+    found = load_file(made[2, f"lora-{stage}-{zero}"] / "model/model.safetensors")
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[name], weights, atol=2e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_state_holds_no_weights_that_are_not_trained(made):
+    full, adapters, head = (
+        json.loads((made[2, name] / "state.json").read_text())
+        for name in ("sft-0", "lora-sft-0", "lora-rlhf-0")
+    )
+    assert len(full) > 30
+    assert len(adapters) == 24
+    assert all("lora_" in name for name in adapters)
+    assert all("lora_" in name or "score" in name for name in head)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("kind", [*STAGES, "means", *(f"lora-{stage}" for stage in STAGES)])
 def test_a_resumed_training_on_two_processes_gives_the_same_bytes(made, kind, zero):
     path = made[2, f"{kind}-{zero}"]
     files = ("metrics.jsonl", "model/model.safetensors", "model/config.json")

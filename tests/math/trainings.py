@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
 from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised
@@ -56,8 +59,13 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
     """Train one case; save its model and metrics below `where`."""
     made, model = settings(case["stage"], case.get("changes", {})), None
     work = where / "work"
+    before = memory_mib()
     measured, model = train(case["stage"], made, sources, work, where)
+    peak = memory_mib()
     save(model, where / "model")
+    adapters = made.actor_lora if case["stage"] == "rlhf" else made.lora
+    if adapters and adapters.only:
+        models.save_adapter(model, adapters, str(sources["actor"]), where / "adapter")
     if made.run.zero_stage == 3:
         shards = where / "shards"
         if parallel.rank() == 0:
@@ -66,12 +74,28 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
         sharding.write_shards(model, shards, SHARD_BYTES)
     if parallel.rank() == 0:
         (where / "measured.json").write_text(json.dumps(measured))
+        (where / "memory.json").write_text(json.dumps({"before_mib": before, "peak_mib": peak}))
         shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
     if case.get("again"):
         resume(case["stage"], made, sources, work, where / "again")
     parallel.barrier()
     if parallel.rank() == 0:
+        (where / "state.json").write_text(json.dumps(saved_weights(work)))
         shutil.rmtree(work)
+
+
+def memory_mib() -> float:
+    """Return this process's peak so far: allocated on a GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def saved_weights(work: Path) -> list[str]:
+    """Return the names of the weights of a model in the newest state, where one file has them all."""
+    newest = sorted(work.glob("step-*"))[-1]
+    files = list(newest.glob("*/state/mp_rank_00_model_states.pt"))
+    return sorted(torch.load(files[0], weights_only=False)["module"]) if files else []
 
 
 def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
@@ -100,7 +124,7 @@ def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path
     if stage == "rlhf":
         offloads = "reference" in made.run.offload
         with engine.loading(actor, made.dtype, sharded=sharded or offloads, offloads=offloads):
-            reference = models.load_actor(actor, dtype)
+            reference = None if made.actor_is_reference else models.load_actor(actor, dtype)
         with engine.loading(scorer, made.dtype, sharded=sharded):
             judges = [models.load_scorer(scorer, dtype) for _ in range(2)]
         four = ppo.Models(model, judges[0], reference, judges[1])
@@ -111,7 +135,8 @@ def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path
             with ema.in_place():
                 save(model, where / "model_ema")
         return measured, model
-    task = {"sft": sft, "reward": reward}[stage].task(PAD)
+    width = {"sft": 1, "reward": 2}[stage] * made.max_tokens if made.run.packing else None
+    task = {"sft": sft, "reward": reward}[stage].task(PAD, width)
     return supervised.train(task, model, made, SEED, data, work, board)[0], model
 
 
@@ -124,18 +149,35 @@ class NoTokenizer:
         """Write nothing."""
 
 
-def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dict]) -> Path:
-    """Run cases in one launch of `processes` processes; return the directory with what they made."""
+def launch(
+    path: Path,
+    processes: int,
+    sources: dict[str, Path],
+    cases: list[dict],
+    *,
+    each: bool = False,
+    gpus: int = 0,
+) -> Path:
+    """Run cases in one launch of `processes` processes; return the directory with what they made.
+
+    With `each` a case that fails leaves its error in `error.txt` and the others go on.
+    """
     out, log = path / "out", path / "log"
-    plan = {"sources": {name: str(p) for name, p in sources.items()}, "out": str(out), "cases": cases}
+    plan = {
+        "sources": {name: str(p) for name, p in sources.items()},
+        "out": str(out),
+        "cases": cases,
+        "each": each,
+    }
     for case in cases:
         case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
     (path / "cases.json").write_text(json.dumps(plan))
     command = [
-        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--log", str(log),
+        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--gpus", str(gpus), "--log", str(log),
         __file__, str(path / "cases.json"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == 0, log.read_text()[-6000:]
     return out
@@ -151,7 +193,14 @@ def main() -> None:
     engine.start(first.run, first.dtype)
     for case in plan["cases"]:
         sources = {name: Path(path) for name, path in {**plan["sources"], **case.get("sources", {})}.items()}
-        run(case, sources, Path(plan["out"], case["name"]))
+        where = Path(plan["out"], case["name"])
+        try:
+            run(case, sources, where)
+        except Exception:
+            if not plan["each"]:
+                raise
+            where.mkdir(parents=True, exist_ok=True)
+            (where / "error.txt").write_text(traceback.format_exc())
 
 
 if __name__ == "__main__":

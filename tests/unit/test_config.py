@@ -368,3 +368,11 @@ def test_the_seeds_scenarios_hold_what_the_seed_says(name):
         assert (run.nodes, run.gpus, run.processes) == (nodes, gpus, nodes * gpus)
     assert [d.name for d in made.sft.datasets] == [d.name for d in made.reward.datasets]
     assert [d.name for d in made.rlhf.datasets] == ["Dahoas/rm-static"]
+
+
+def test_under_lora_there_is_no_reference_to_offload():
+    lora = {"dim": 4, "alpha": 4.0, "learning_rate": 1.0e-3}
+    said = the_mistake(a={"rlhf": {"actor_lora": lora, "run": {"offload": ["reference"]}}})
+    assert "there is no copy to offload" in said
+    both = {"actor_lora": lora | {"only": False}, "run": {"offload": ["reference"]}}
+    config.load(written(a={"rlhf": both}))

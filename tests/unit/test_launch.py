@@ -66,6 +66,13 @@ def test_of_two_processes_the_first_prints_and_the_other_writes_a_file(start, tm
     assert others == ["rank 1 of 2 local 1 x\n"]
 
 
+def test_options_of_the_script_are_not_taken_for_torchruns(start, tmp_path):
+    process = start("--processes", "2", argument="--run")
+    process.communicate()
+    assert process.returncode == 0
+    assert "rank 0 of 2 local 0 --run" in (tmp_path / "log").read_text()
+
+
 def test_two_nodes_share_the_processes_and_the_second_has_a_log_of_its_own(start, tmp_path):
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = [start("--processes", "2", NODE_RANK=str(n), **common) for n in range(2)]

@@ -90,6 +90,15 @@ def test_the_mean_of_the_actors_weights_is_a_result_where_it_is_asked_for():
     assert "rlhf/actor_ema" not in names(made, "b")
 
 
+def test_adapters_are_results_where_they_alone_are_trained():
+    lora = {"dim": 4, "alpha": 4.0, "learning_rate": 1e-3}
+    made = planned(
+        a={"sft": {"lora": lora}, "rlhf": {"critic_lora": lora, "actor_lora": lora | {"only": False}}}
+    )
+    assert {what for what in names(made, "a") if "adapter" in what} == {"sft/adapter", "rlhf/critic_adapter"}
+    assert names(made, "a")["sft/adapter"] == names(made, "a")["sft/actor"].replace("/model", "/adapter")
+
+
 def test_swapped_learning_rates_are_another_training():
     rates = {"rlhf": {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 3e-4}}}
     swapped = {"rlhf": {"actor": {"learning_rate": 3e-4}, "critic": {"learning_rate": 1e-4}}}
@@ -102,11 +111,17 @@ def test_swapped_learning_rates_are_another_training():
     assert changed(swapped, rates) == {"sft", "reward", "rlhf", "eval"}
 
 
-@pytest.mark.parametrize("field", list(config.Run.model_fields))
-@pytest.mark.parametrize("stage", config.STAGES)
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        (stage, field)
+        for stage in config.STAGES
+        for field in (config.RlhfRun if stage == "rlhf" else config.TrainingRun).model_fields
+    ],
+)
 def test_how_a_stage_runs_is_in_no_name(stage, field):
     """Another value (the defaults have neither of these); offloading needs sharding first."""
-    values = {"offload": ["optimizer"], "gradient_checkpointing": True}
+    values = {"offload": ["optimizer"], "gradient_checkpointing": True, "packing": True}
     run = {"zero_stage": 1, "micro_batch_size": 16, "processes": 2, field: values.get(field, 2)}
     assert changed({stage: {"run": run}}) == set()
 
@@ -114,15 +129,17 @@ def test_how_a_stage_runs_is_in_no_name(stage, field):
 def test_every_value_but_run_is_in_a_name():
     """A field that a later version adds cannot be forgotten."""
     optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
-                 "warmup_steps": 5, "warmup_ratio": None, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
+                 "warmup_steps": 5, "warmup_ratio": 0.2, "final_ratio": 0.5, "learning_rate": 0.5}  # fmt: skip
     training = {"max_tokens": 9, "train_batch_size": 128, "steps": 9, "epochs": 3, "eval_rows": 3,
-                "datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "dtype": "bf16", "optimizer": optimizer}  # fmt: skip
-    length = {"epochs": {"steps": None}, "steps": {"epochs": None}}
+                "datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "dtype": "bf16", "optimizer": optimizer,
+                "lora": {"dim": 4, "alpha": 4, "learning_rate": 1}}  # fmt: skip
+    beside = {"epochs": {"steps": None}, "steps": {"epochs": None}, "warmup_ratio": {"warmup_steps": None}}
     for stage, section in (("sft", config.Training), ("reward", config.Training)):
         assert set(training) == set(section.model_fields) - {"run"}
         for field, value in training.items():
-            for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
-                override = {field: {name: inner}} if name else {field: inner, **length.get(field, {})}
+            for name, inner in value.items() if field == "optimizer" else [(None, value)]:
+                change = {name or field: inner, **beside.get(name or field, {})}
+                override = {field: change} if name else change
                 assert stage in changed({stage: override}), (stage, field, name)
 
 

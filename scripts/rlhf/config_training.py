@@ -1,0 +1,140 @@
+"""The parts of a stage's configuration that say how weights are trained, and how a stage is run.
+
+A half of `config`, which others import.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _not_a_bool(value: object) -> object:
+    """Refuse yes/no where a number belongs: YAML 1.1 makes booleans of many words."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_not_a_bool)]
+Float = Annotated[float, BeforeValidator(_not_a_bool)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+def multiples(value: int, step: int) -> str:
+    """Return the multiples of `step` beside `value`, in words."""
+    below, above = value // step * step, math.ceil(value / step) * step
+    return f"{below} or {above}" if below else str(above)
+
+
+class Section(BaseModel):
+    """Frozen; unknown fields, NaN and infinities are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Optimizer(Section):
+    """AdamW with a schedule over optimizer steps."""
+
+    learning_rate: Float = Field(ge=0, description="peak learning rate")
+    weight_decay: Float = Field(ge=0, description="decoupled, on matrices only")
+    betas: tuple[Beta, Beta] = Field(description="Adam's moment decay rates")
+    eps: Float = Field(gt=0, description="Adam's denominator term")
+    max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
+    schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
+    warmup_steps: Int | None = Field(None, ge=0, description="optimizer steps of linear warm-up")
+    warmup_ratio: Float | None = Field(None, ge=0, lt=1, description="the same as a part of all steps")
+    final_ratio: Float = Field(ge=0, le=1, description="last learning rate / peak")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Optimizer:
+        if (self.warmup_steps is None) == (self.warmup_ratio is None):
+            raise ValueError("give either warmup_steps or warmup_ratio (the other one: null)")
+        return self
+
+    def warmup(self, steps: int) -> int:
+        """Return the steps of linear warm-up of a training of `steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_ratio or 0.0) * steps)
+
+
+class Lora(Section):
+    """Low-rank adapters instead of the weights of linear layers."""
+
+    dim: Int = Field(ge=1, description="rank of the adapters")
+    alpha: Float = Field(gt=0, description="adapters are scaled by alpha / dim")
+    learning_rate: Float = Field(gt=0, description="peak learning rate of the adapters")
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names of linear layers; null: all of a layer, by family"
+    )
+    only: bool = Field(
+        True,
+        description="train adapters alone (and a reward model's head); else biases, norms, embeddings too",
+    )
+
+
+class Run(Section):
+    """How a stage runs. Nothing here changes what it makes, but for rounding."""
+
+    nodes: Int = Field(ge=1, description="machines, or pods of a cluster job")
+    gpus: Int = Field(ge=0, description="GPUs per node; 0 trains on the CPU")
+    processes: Int = Field(ge=1, description="processes of all nodes together, one per GPU")
+    zero_stage: Int = Field(ge=0, le=3, description="DeepSpeed's: what the processes share out, 0 nothing")
+    micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
+    threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
+    save_steps: Int = Field(ge=1, description="steps between saved training states")
+    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
+    mem_mb: Int = Field(ge=1, description="memory per node in MB")
+    shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
+    runtime: Int = Field(ge=1, description="limit in minutes")
+    gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
+    offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")
+
+    @model_validator(mode="after")
+    def _a_process_per_gpu(self) -> Run:
+        wanted = self.nodes * self.gpus or self.processes
+        if self.processes != wanted or self.processes % self.nodes:
+            raise ValueError(
+                f"processes {self.processes} do not fit {self.nodes} nodes with {self.gpus} GPUs each: choose"
+                f" {wanted if self.gpus else multiples(self.processes, self.nodes)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharing_out_comes_before_offloading(self) -> Run:
+        for what, least in (("optimizer", 1), ("parameters", 3)):
+            if what in self.offload and self.zero_stage < least:
+                raise ValueError(
+                    f"offload of {what} needs zero_stage {least} or more, not {self.zero_stage}:"
+                    f" DeepSpeed offloads what it shares out"
+                )
+        return self
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that its processes keep busy."""
+        return self.processes * self.threads
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """What a saved training state depends on: it holds shards."""
+        return {"processes": self.processes, "zero_stage": self.zero_stage}
+
+
+class TrainingRun(Run):
+    """How steps 1 and 2 run."""
+
+    packing: bool = Field(description="rows packed one after another; false: padded to the longest")
+
+
+class RlhfRun(Run):
+    """How step 3 runs."""
+
+    generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
+    offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
+        description="what lies in CPU memory"
+    )

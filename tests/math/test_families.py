@@ -1,0 +1,216 @@
+"""Every family does what it should: alone, padded, packed, generating, saved, adapted, trained.
+
+Tolerance: 1e-4 in fp32, where a batch is computed in another order; bits where nothing is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf import lora, models, reward, sft
+from rlhf.config import Lora
+from rlhf.generation import Sampling, generate, uniforms
+from rlhf.tokens import Packed, arrange, pack, pad, response_labels
+
+PAD, EOS = 1, 2
+close = torch.testing.assert_close
+
+
+def sibling(name):
+    """Import a module that lies beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+families, trainings = sibling("families"), sibling("trainings")
+NAMES = list(families.FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    for name in NAMES:
+        families.tiny(name).save_pretrained(root / name)
+    return {name: root / name for name in NAMES}
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model(paths, name):
+    return models.load_actor(paths[name], torch.float32).eval()
+
+
+@pytest.fixture
+def scorer(paths, name):
+    return models.new_scorer(paths[name], torch.float32, PAD, seed=3).eval()
+
+
+def logprobs(model, batch, prompts):
+    with torch.no_grad():
+        return models.masked_logprobs(model, batch, response_labels(prompts, batch))
+
+
+def test_dropout_is_off(model):
+    batch = pad([np.arange(3, 20, dtype=np.int32)], PAD, side="right")
+    model.train()
+    with torch.no_grad():
+        one, two = (model(**models.hidden_inputs(batch)).logits for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_logprobs_of_a_sample_are_equal_alone_padded_and_packed(model, sequences):
+    several, prompts = sequences(9, 14, 6, 11, 7), [3, 5, 1, 2, 4]
+    alone = torch.cat([
+        logprobs(model, pad([s], PAD, side="right"), [p]) for s, p in zip(several, prompts, strict=True)
+    ])  # fmt: skip
+    close(logprobs(model, pad(several, PAD, side="right"), prompts), alone, atol=1e-4, rtol=1e-4)
+    packed = pack([[s] for s in several], PAD, 25)
+    order = torch.cat([
+        torch.full((len(s) - p,), i) for i, (s, p) in enumerate(zip(several, prompts, strict=True))
+    ])  # fmt: skip
+    found = logprobs(model, packed, prompts)
+    labels = response_labels(prompts, packed)
+    assert torch.equal(packed.sequences[labels].sort().values, order)
+    found = found[packed.sequences[labels].argsort(stable=True)]
+    close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_a_sample_are_equal_alone_padded_and_packed(scorer, sequences):
+    several = sequences(9, 14, 6, 11)
+    pairs = [several[:2], several[2:]]
+    with torch.no_grad():
+        alone = torch.cat([models.scores(scorer, pad([s], PAD, side="right")) for s in several])
+        for batch in (arrange(pairs, PAD, None), arrange(pairs, PAD, 25), pad(several, PAD, side="left")):
+            close(models.scores(scorer, batch), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_that_begin_anew_would_not_do_without_the_mask(model, sequences):
+    """What packing must prevent is there: without a mask a sequence sees the one before it."""
+    several = sequences(9, 14)
+    packed = pack([several], PAD, 23)
+    ones = torch.ones_like(packed.attention).tril()
+    with torch.no_grad():
+        leaking = model(input_ids=packed.ids, attention_mask=ones, position_ids=packed.positions).logits
+        exact = model(**models.hidden_inputs(packed)).logits
+        alone = model(**models.hidden_inputs(pad([several[1]], PAD, side="right"))).logits
+    close(exact[0, 9:], alone[0], atol=1e-4, rtol=1e-4)
+    assert (leaking[0, 9:] - alone[0]).abs().max() > 0.01
+
+
+def test_greedy_replies_are_those_of_transformers(model, sequences):
+    batch = pad(sequences(3, 9, 5, 14), PAD, side="left")
+    made = generate(model, batch, Sampling(10, 0, EOS, PAD), uniforms(0, 1, range(4), 10))
+    theirs = model.generate(
+        input_ids=batch.ids, attention_mask=batch.mask.long(), do_sample=False, max_new_tokens=10,
+        eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    assert torch.equal(made.batch.ids, theirs)
+
+
+def test_saved_models_are_read_by_transformers(model, scorer, sequences, tmp_path):
+    tokenizer = trainings.NoTokenizer()
+    models.save(model, tokenizer, tmp_path / "actor")
+    models.save(scorer, tokenizer, tmp_path / "scorer")
+    batch = pad(sequences(9, 14), PAD, side="right")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    with torch.no_grad():
+        inputs = models.hidden_inputs(batch)
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        close(
+            judge(input_ids=batch.ids, attention_mask=batch.mask.long()).logits[:, 0],
+            models.scores(scorer, batch), atol=1e-4, rtol=1e-4,
+        )  # fmt: skip
+
+
+def test_a_new_head_fits_what_the_model_gives_out(scorer, name):
+    width = 16 if name == "opt-350m" else 32
+    assert tuple(scorer.score.weight.shape) == (1, width)
+    assert float(scorer.score.weight.detach().std()) == pytest.approx(1 / math.sqrt(width + 1), rel=0.5)
+
+
+def test_adapters_stand_beside_every_linear_layer_of_a_decoder_layer(model):
+    inside = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    lora.add(model, Lora(dim=2, alpha=2.0, learning_rate=1e-3), seed=1)
+    assert sorted(lora.layers(model)) == sorted(inside)
+    assert len(inside) >= 8
+
+
+def test_gradients_of_packed_and_padded_rows_are_equal(model, scorer, sequences):
+    columns = [sequences(*np.random.default_rng(s).integers(2, 12, 6), seed=s) for s in range(3)]
+    pairs = [list(row) for row in zip(*columns, strict=True)]
+    rows = [row[:2] for row in pairs]
+    for made, batch, task, width in ((model, rows, sft.task, 24), (scorer, pairs, reward.task, 48)):
+        found = []
+        for pack_width in (None, width):
+            made.zero_grad()
+            task(PAD, pack_width).loss(made, batch).backward()
+            found.append({n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        for n, gradient in found[0].items():
+            close(found[1][n], gradient, atol=2e-4, rtol=1e-3, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def trained(paths, tmp_path_factory):
+    """Return stage-family -> directory: all stages of all families, on two processes with ZeRO-3."""
+    data, cases = tmp_path_factory.mktemp("data"), []
+    for stage in ("sft", "reward", "rlhf"):
+        trainings.write_rows(data / stage, stage, vocabulary=64)
+    for name in NAMES:
+        judge = paths[name].with_name(f"{name}-scorer")
+        models.new_scorer(paths[name], torch.float32, PAD, seed=3).save_pretrained(judge)
+        for stage in ("sft", "reward", "rlhf"):
+            changes = {"run": {"zero_stage": 3}} | ({"iterations": 1} if stage == "rlhf" else {"steps": 4})
+            own = {"actor": str(paths[name]), "scorer": str(judge)}
+            cases.append({"name": f"{stage}-{name}", "stage": stage, "sources": own, "changes": changes})
+    sources = {"actor": paths["opt"], "scorer": paths["opt"], "data": data}
+    return trainings.launch(tmp_path_factory.mktemp("trained"), 2, sources, cases)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_every_family_goes_through_every_stage(trained, paths, name, stage):
+    path = trained / f"{stage}-{name}"
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    made, info = kind.from_pretrained(path / "model", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if stage != "reward":
+        before = AutoModelForCausalLM.from_pretrained(paths[name]).state_dict()
+        assert any(not torch.equal(before[n], w) for n, w in made.state_dict().items())
+    else:
+        assert {line["loss"] for line in lines} != {lines[0]["loss"]}
+
+
+def test_packed_rows_hold_every_sequence_once(sequences):
+    several = sequences(9, 14, 6, 11, 7, 2, 20)
+    packed = pack([[s] for s in several], PAD, 25)
+    assert isinstance(packed, Packed)
+    assert packed.ids.shape[1] <= 25
+    for i, one in enumerate(several):
+        here = packed.sequences == i
+        assert packed.ids[here].tolist() == one.tolist()
+        assert packed.positions[here].tolist() == list(range(len(one)))
+        assert packed.ids.flatten()[packed.ends[i]] == one[-1]
+    assert int((packed.sequences >= 0).sum()) == sum(map(len, several))
+    assert (packed.ids[packed.sequences < 0] == PAD).all()
+    groups = pack([several[:3], several[3:5], several[5:]], PAD, 30)
+    row_of = [int((groups.sequences == i).any(-1).long().argmax()) for i in range(7)]
+    assert row_of[0] == row_of[1] == row_of[2]
+    assert row_of[3] == row_of[4]
+    assert row_of[5] == row_of[6]

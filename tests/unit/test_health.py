@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from rlhf.health import BOUNDS, Health
+
+WELL = {
+    "first_approx_kl": 1e-6, "ratio_mean": 1.0, "clip_fraction": 0.1, "approx_kl": 0.01, "kl_ref": 3.0,
+    "entropy": 3.0, "explained_variance": 0.5, "ended": 0.9, "length": 14.0,
+}  # fmt: skip
+
+
+def said(caplog, *iterations):
+    health, caplog.handler.level = Health(), logging.INFO
+    with caplog.at_level(logging.INFO, "rlhf.health"):
+        for number, values in enumerate(iterations, 1):
+            health.look(number, WELL | values)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_a_healthy_training_is_left_in_peace(caplog):
+    assert said(caplog, {}, {}) == []
+
+
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.metric)
+def test_each_metric_outside_its_bounds_is_told_in_words(caplog, bound):
+    value = bound.most + 1 if bound.most < float("inf") else bound.least - 0.05
+    ((level, text),) = said(caplog, {bound.metric: value})
+    assert level == "WARNING"
+    assert text.startswith(f"iteration 1: {bound.metric} = ")
+    assert bound.meaning in text
+
+
+def test_leaving_and_coming_back_are_told_once_each(caplog):
+    far = {"kl_ref": 12.0}
+    lines = said(caplog, {}, far, far, {}, {}, far)
+    assert [(level, text.split(":")[0]) for level, text in lines] == [
+        ("WARNING", "iteration 2"), ("INFO", "iteration 4"), ("WARNING", "iteration 6")
+    ]  # fmt: skip
+    assert "kl_ref = 12 is above 10: replies are far from the SFT model's" in lines[0][1]
+
+
+def test_a_value_that_is_no_number_is_not_well(caplog):
+    assert len(said(caplog, {"explained_variance": float("nan")})) == 1
