@@ -36,6 +36,7 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PAGE = 500
 REQUEST_S = 30
 WATCH_S = 240
+RIGHTS_TRIES = 6  # ten seconds: an API server that has just started does not know its roles yet
 TRANSIENT = (429, 500, 502, 503, 504)
 CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, OSError)
 
@@ -76,8 +77,11 @@ class Cluster:
             if not self._context and not os.environ.get("KUBECONFIG") and SERVICE_ACCOUNT.exists():
                 config.load_incluster_config(client_configuration=settings)
                 return client.ApiClient(settings), (SERVICE_ACCOUNT / "namespace").read_text().strip()
-            config.load_kube_config(context=self._context, client_configuration=settings)
-            _, active = config.list_kube_config_contexts()
+            # Named, for the client looks at the variable only once, when it is imported.
+            file = os.environ.get("KUBECONFIG")
+            config.load_kube_config(file, self._context, client_configuration=settings)
+            contexts, active = config.list_kube_config_contexts(file)
+            active = next((found for found in contexts if found["name"] == self._context), active)
         except config.ConfigException as error:
             raise Unreachable(
                 f"no access to a cluster: {error}. Set KUBECONFIG, or run where a ServiceAccount is mounted."
@@ -156,7 +160,9 @@ class Cluster:
                 self.is_back()
                 if error.status == 401 and attempt % 2 == 0:
                     self._reload()
-                elif error.status not in (401, *TRANSIENT):
+                elif error.status not in (401, *TRANSIENT) and not (
+                    _lacks_right(error) and attempt < RIGHTS_TRIES
+                ):
                     raise
                 if attempt == 2:
                     self._say(f"the API server cannot do what is asked, trying on: {error}")
@@ -316,6 +322,11 @@ class Cluster:
 def wait(attempt: int, least_s: float = 0.0) -> None:
     """Wait before the next attempt: longer each time, up to ten seconds, never in step with others."""
     time.sleep(max(least_s, min(10.0, 0.25 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)))
+
+
+def _lacks_right(error: ApiError) -> bool:
+    """Whether roles refuse a request; quotas and admission refuse with the same status."""
+    return error.status == 403 and " cannot " in error.message
 
 
 def _lines(answer: Any) -> Iterator[bytes]:

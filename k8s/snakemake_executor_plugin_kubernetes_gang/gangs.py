@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import manifest, status
-from .cluster import ApiError, Cluster
+from .cluster import ApiError, Cluster, wait
 from .entrypoint import POLL_S
 from .mirror import Mirror
 from .spec import GangSpec
@@ -18,6 +18,7 @@ Json = dict[str, Any]
 
 # A pod looks at its token every POLL_S; a shared file system may show it an old one for some time.
 FENCE_S = 3 * POLL_S + 6
+HELPER_TRIES = 5
 UNANSWERED_S = 15  # beyond a pod's grace period: its node does not answer
 
 
@@ -106,18 +107,30 @@ class Gangs:
         Raises:
             ApiError: the cluster refuses it.
         """
+        self._clear(spec)
         write_state(spec)
         *helpers, body = manifest.manifests(spec)
         made = []
         try:
             made = [self._create_helper(helper) for helper in helpers]
-            gang = self._create(body, spec.token)
+            gang = self._create_gang(body, spec.token, has_helpers=bool(made))
         except ApiError:
             for helper in made:
                 self.cluster.delete(helper)
             raise
         self.adopt_helpers(gang, made)
         return gang
+
+    def _create_gang(self, body: Json, token: str, *, has_helpers: bool) -> Json:
+        """Create a gang's object. A webhook may not have seen a helper that was made a moment ago."""
+        for attempt in range(HELPER_TRIES):
+            try:
+                return self._create(body, token)
+            except ApiError as error:
+                if not has_helpers or "not found" not in error.message or attempt == HELPER_TRIES - 1:
+                    raise
+                wait(attempt)
+        raise AssertionError("not reached")
 
     def _create(self, body: Json, token: str) -> Json:
         self.cluster.create(body, dry_run=True)
@@ -174,34 +187,45 @@ class Gangs:
     def remove(self, gang: Json, spec: GangSpec) -> None:
         """Delete a gang and return when none of its pods can write any more."""
         self._delete_and_wait(gang)
-        if self._wait_for_pods(spec.name):
-            return
-        self._say(f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop")
-        self.fence(spec)
+        self._clear(spec)
         self.forget(spec.name)
+
+    def _clear(self, spec: GangSpec) -> None:
+        """Return when no pod of an earlier gang of this name can write, or holds a name that is needed.
+
+        A gang's object may be gone, or have failed, while pods of it still end.
+        """
+        if not self._wait_for_pods(spec):
+            self._say(
+                f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop"
+            )
+            self.fence(spec)
 
     def fence(self, spec: GangSpec) -> None:
         """Stop pods that the cluster cannot reach: by their token, on the volume that they write to."""
         write_state(spec)
         time.sleep(FENCE_S)
-        for pod in self._live_pods(spec.name):
+        for pod in self._pods_left(spec):
             self.cluster.delete(pod, grace_s=0)
 
-    def _wait_for_pods(self, name: str) -> bool:
+    def _wait_for_pods(self, spec: GangSpec) -> bool:
         """Wait while pods of a deleted gang end; False if a node does not answer."""
         begun = time.monotonic()
-        while live := self._live_pods(name):
-            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in live)
+        while left := self._pods_left(spec):
+            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in left)
             if time.monotonic() - begun > grace + UNANSWERED_S:
                 return False
             time.sleep(0.2)
         return True
 
-    def _live_pods(self, name: str) -> list[Json]:
+    def _pods_left(self, spec: GangSpec) -> list[Json]:
+        """Pods that may still write; of a DeepSpeedJob also ended ones, for their names are fixed."""
         pods = self.cluster.list_all(
-            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={name}"
+            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={spec.name}"
         )
-        return [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+        names_are_fixed = manifest.kind_of(spec) == "DeepSpeedJob"
+        ended = ("Succeeded", "Failed")
+        return [pod for pod in pods if names_are_fixed or pod.get("status", {}).get("phase") not in ended]
 
     def forget(self, name: str) -> None:
         """Drop what the mirrors keep of a gang."""

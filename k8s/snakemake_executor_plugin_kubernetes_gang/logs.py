@@ -83,6 +83,7 @@ class Follower(threading.Thread):
                 except ApiError as error:
                     if error.status in (400, 404):  # gone, with its log
                         return
+                    attempt += 1
                 except (Unreachable, *CONNECTION_ERRORS):
                     attempt += 1
                 if last and (attempt == 0 or attempt > 5):

@@ -15,7 +15,6 @@ from .spec import GangSpec
 
 Json = dict[str, Any]
 
-JOB_UID = "kueue.x-k8s.io/job-uid"
 SAY_AFTER_S = 5.0
 BROKEN_S = 20.0  # for a gang's own controller to notice that a pod is gone
 # Seconds after which what does not start will not: pulls and mounts are tried again by the kubelet.
@@ -184,8 +183,7 @@ class Watcher:
         return waits.why(self._case(watch, gang, now))
 
     def _queued(self, gang: Json) -> waits.Cause | None:
-        uid = gang["metadata"]["uid"]
-        mine = [w for w in self._news.workloads() if w["metadata"].get("labels", {}).get(JOB_UID) == uid]
+        mine = self._news.workloads(gang["metadata"]["uid"])
         if not mine:
             return waits.Cause(
                 "queue", "it is suspended, as by a queue", "", "it starts when its queue lets it"

@@ -44,6 +44,7 @@ def make_nodes(api) -> list[str]:
     names = [f"bench{n}" for n in range(NODES)]
     for name in names:
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"bench": "yes"}}}
+        node["spec"] = {"taints": [{"key": "bench", "effect": "NoSchedule"}]}
         harness.kubectl("apply", "-f", "-", given=node)
         sizes = {"cpu": "64", "memory": "64Gi", "pods": str(PODS)}
         ready = {

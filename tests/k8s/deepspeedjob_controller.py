@@ -51,7 +51,7 @@ class Controller(threading.Thread):
         pods = {
             p["metadata"]["name"]: p
             for p in harness.get("pods")
-            if p["metadata"]["name"].startswith(f"{name}-worker-")
+            if job["metadata"]["uid"] in [o["uid"] for o in p["metadata"].get("ownerReferences", [])]
         }
         if not pods:
             for index in range(replicas):

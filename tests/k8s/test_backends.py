@@ -12,6 +12,7 @@ from deepspeedjob_controller import Controller
 
 import harness
 from harness import wait_until
+from snakemake_executor_plugin_kubernetes_gang.spec import gang_name
 
 GOLDEN = harness.REPO / "tests" / "k8s" / "golden"
 # Fails at its first attempt when it is told to; a rule with GPUs goes to the backend.
@@ -100,6 +101,24 @@ def test_the_volumes_owner_can_delete_what_a_deepspeedjob_made(gangs):
         [*harness.as_owner(), "rm", "-r", str(place.path / "out"), str(place.path / "ranks")], check=True
     )
     assert not (place.path / "out").exists()
+
+
+@pytest.mark.parametrize("backend", ["job", "trainjob"])
+def test_a_helper_that_was_left_behind_is_replaced(workdir, controllers, backend):
+    """A controller that died between two requests leaves a Service or a runtime without its gang."""
+    place = workdir(GANG.format(retries=0))
+    name = gang_name("gang", place.place(), ["out"])
+    left = next(
+        yaml.safe_load_all(
+            (GOLDEN / ("trainjob.yaml" if backend == "trainjob" else "job-gang-kueue.yaml")).read_text()
+        )
+    )
+    left["metadata"]["name"] = name
+    left["metadata"]["labels"]["left"] = "yes"
+    harness.kubectl("create", "-n", harness.NAMESPACE, "-f", "-", given=left)
+    code, said = place.run("--kubernetes-gang-backend", backend)
+    assert code == 0, said
+    assert not harness.get(f"{left['kind'].lower()}s", "-l", "left=yes")
 
 
 def test_the_older_spelling_of_deepspeedjob(workdir, controllers):

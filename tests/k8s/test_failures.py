@@ -32,6 +32,7 @@ FAILING = {
     "drained": ("", "sleep 100"),
     "disk": ("", "head -c 60000000 /dev/zero > /tmp/filler; sleep 100"),
     "rank": ("resources: nodes=2", "[ $NODE_RANK = 0 ] || exit 5; sleep 100"),
+    "half": ("resources: nodes=3, cpu='1100m'", "sleep 100"),
     "killed": ("", "sleep 100 & kill -9 $!; wait $!"),
 }  # fmt: skip
 
@@ -153,6 +154,7 @@ SENTENCES = {
     "drained": "was evicted, as when a node is drained",
     "disk": "was evicted by its node",
     "rank": "ended with exit code 5",
+    "half": "only 2 of 3 pods started within 20 s",
     "killed": "ended with exit code 137 (SIGKILL)",
 }
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import harness
-from harness import CLAIM, IMAGE
+from harness import CLAIM, IMAGE, wait_until
 
 ONE_AND_TWO = r"""
 rule all:
@@ -43,6 +43,34 @@ def test_a_pod_and_a_gang_of_two(workdir):
     assert not place.objects("jobs,services,pods"), "nothing is left behind"
     stored = list(place.path.glob(".snakemake/auxiliary/kubernetes-gang/two-*/*.rank-*.log"))
     assert len(stored) == 2, "every rank's log is on the volume"
+
+
+def test_secrets_go_by_reference_and_shared_memory_has_its_size(workdir):
+    place = workdir(
+        'envvars: "GREETING"\nrule one:\n    output: "one.txt"\n    resources: mem_mb=400, shm_mb=100\n'
+        '    shell: "echo $GREETING > {output}; df -BM --output=size /dev/shm | tail -1 >> {output}; sleep 3"\n'
+    )
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "greetings"},
+        "stringData": {"GREETING": "hush-7311"},
+    }
+    harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=secret)
+    process = place.start("--kubernetes-gang-env-secret", "greetings", GREETING="not-this")
+    wait_until("it runs", lambda: place.objects("pods"))
+    manifests = str(place.objects("pods,jobs"))
+    assert process.wait(60) == 0, place.said()
+    assert (place.path / "one.txt").read_text().split() == ["hush-7311", "96M"], "100 MB are 96 MiB"
+    assert "hush-7311" not in manifests + place.said()
+    assert "not-this" not in manifests + place.said()
+
+
+def test_declared_variables_need_a_secret(workdir):
+    place = workdir('envvars: "GREETING"\nrule one:\n    output: "one.txt"\n    shell: "true"\n')
+    code, said = place.run(GREETING="x")
+    assert code != 0
+    assert "their values do not go into manifests" in said
 
 
 def test_snakemakes_own_suite_for_executors(workdir):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from snakemake_interface_common.exceptions import WorkflowError
 
 from snakemake_executor_plugin_kubernetes_gang import jobs, spec
+from snakemake_executor_plugin_kubernetes_gang.news import News
 from snakemake_executor_plugin_kubernetes_gang.settings import ExecutorSettings
 
 
@@ -109,3 +111,34 @@ def test_the_fingerprint_changes_with_what_changes_a_result(tmp_path):
 
     os.utime(path, ns=(1, 1))
     assert len({mark, *others, jobs.fingerprint(job, "run", "image", 1, 0)}) == 4
+
+
+def test_the_plugin_knows_nothing_of_what_it_runs():
+    folder = Path(jobs.__file__).parent
+    pattern = re.compile(r"^\s*(from|import) (rlhf|torch|deepspeed)", re.MULTILINE)
+    assert not [path.name for path in folder.glob("*.py") if pattern.search(path.read_text())]
+
+
+def test_waiting_gangs_share_one_request():
+    answers = {
+        "Event": [
+            {"involvedObject": {"name": "sft-0123456789-0-abcde"}, "lastTimestamp": "2026-01-02"},
+            {"involvedObject": {"name": "sft-9876543210-0-abcde"}, "lastTimestamp": "2026-01-02"},
+        ],
+        "Workload": [{"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "u"}}}],
+    }
+    asked = []
+
+    def once(_, path, __):
+        asked.append(path)
+        return {"items": answers[path]}
+
+    found = News(SimpleNamespace(path=str, once=once), print)
+    for _ in range(100):
+        assert len(found.warnings("sft-0123456789", "2026-01-01")) == 1
+        assert not found.warnings("sft-0123456789", "2026-01-03"), "of a namesake before it"
+        assert len(found.workloads("u")) == 1
+    assert asked == ["Event", "Workload"]
+    found.refresh()
+    found.workloads("u")
+    assert asked == ["Event", "Workload", "Workload"]

@@ -1,0 +1,200 @@
+"""The API client and the mirror against faults that a healthy server does not produce on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+
+from snakemake_executor_plugin_kubernetes_gang import cluster as api
+from snakemake_executor_plugin_kubernetes_gang.cluster import ApiError, Cluster, Unreachable
+from snakemake_executor_plugin_kubernetes_gang.mirror import Mirror
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the answers of `script`, one per request: (status, headers, body); "drop" closes the connection."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.seen = [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self):
+        length = int(self.headers.get("Content-Length", 0))
+        self.rfile.read(length)
+        self.server.seen.append((self.command, self.path, self.headers.get("authorization")))
+        step = self.server.script.pop(0)
+        if step == "drop":
+            self.connection.close()
+            return
+        status, headers, body = step
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(text)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    found = Server()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def cluster(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(api.random, "uniform", lambda low, high: 0.1)
+    path = tmp_path / "kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    write_token(path, server, "first")
+    said = []
+    made = Cluster(None, None, said.append)
+    made.said, made.path_of_config = said, path
+    return made
+
+
+def write_token(path, server, token):
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "x",
+                "clusters": [{"name": "x", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+                "users": [{"name": "x", "user": {"token": token}}],
+                "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x", "namespace": "here"}}],
+            }
+        )
+    )
+
+
+OK = (200, {}, {"metadata": {"name": "x"}})
+
+
+def error(status, reason="", message="no", **headers):
+    return (status, headers, {"kind": "Status", "reason": reason, "message": message, "code": status})
+
+
+def test_a_full_server_is_asked_again_when_it_says(server, cluster):
+    server.script[:] = [error(429, **{"Retry-After": "1"}), OK]
+    begun = time.monotonic()
+    assert cluster.get("Job", "x") == OK[2]
+    assert time.monotonic() - begun >= 1
+
+
+@pytest.mark.parametrize("fault", [error(500), error(503), error(504), "drop"])
+def test_faults_that_pass_are_outlasted(server, cluster, fault):
+    server.script[:] = [fault, fault, OK]
+    assert cluster.get("Job", "x") == OK[2]
+
+
+def test_an_absence_is_said_once_and_its_end(server, cluster):
+    server.script[:] = ["drop", "drop", "drop", OK]
+    cluster.get("Job", "x")
+    assert len(cluster.said) == 2
+    assert "does not answer" in cluster.said[0]
+    assert "answers again" in cluster.said[1]
+
+
+def test_an_expired_token_is_read_again(server, cluster):
+    server.script[:] = [error(401, "Unauthorized"), OK]
+    write_token(cluster.path_of_config, server, "second")
+    cluster.get("Job", "x")
+    assert [token for _, _, token in server.seen] == ["Bearer first", "Bearer second"]
+
+
+def test_tokens_do_not_get_into_messages(server, cluster):
+    server.script[:] = [error(403, "Forbidden", "violates PodSecurity")]
+    with pytest.raises(ApiError) as caught:
+        cluster.get("Job", "x")
+    assert "first" not in str(caught.value) + "".join(cluster.said)
+    assert caught.value.status == 403
+
+
+def test_an_api_server_that_does_not_know_its_roles_yet_is_asked_again(server, cluster):
+    server.script[:] = [
+        error(403, "Forbidden", 'jobs.batch is forbidden: User "x" cannot create resource "jobs"'),
+        OK,
+    ]
+    assert cluster.create({"kind": "Job", "metadata": {"name": "x"}}) == OK[2]
+
+
+def test_what_admission_refuses_is_not_asked_again(server, cluster):
+    server.script[:] = [error(403, "Forbidden", "exceeded quota: few"), OK]
+    with pytest.raises(ApiError, match="exceeded quota"):
+        cluster.create({"kind": "Job", "metadata": {"name": "x"}})
+
+
+def test_what_waiting_does_not_change_is_not_waited_for(server, cluster):
+    server.script[:] = [error(422, "Invalid", "spec.x: no")]
+    with pytest.raises(ApiError, match=r"spec\.x"):
+        cluster.create({"kind": "Job", "metadata": {"name": "x"}})
+    assert len(server.seen) == 1
+
+
+def test_deletion_names_the_very_object_and_gone_is_fine(server, cluster):
+    server.script[:] = [error(404), error(409)]
+    for _ in range(2):
+        cluster.delete({"kind": "Job", "metadata": {"name": "x", "uid": "u"}})
+    assert [verb for verb, _, _ in server.seen] == ["DELETE", "DELETE"]
+
+
+def test_one_try_does_not_wait(server, cluster):
+    server.script[:] = ["drop"]
+    with pytest.raises(Unreachable):
+        cluster.once("GET", "/x")
+
+
+def listed(version, *uids):
+    items = [{"metadata": {"uid": uid, "labels": {"k": "a"}, "resourceVersion": version}} for uid in uids]
+    return (200, {}, {"metadata": {"resourceVersion": version}, "items": items})
+
+
+def changes(*events):
+    return (200, {}, b"".join(json.dumps(event).encode() + b"\n" for event in events))
+
+
+def change(kind, uid, version):
+    return {
+        "type": kind,
+        "object": {"metadata": {"uid": uid, "labels": {"k": "a"}, "resourceVersion": version}},
+    }
+
+
+def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
+    gone = {
+        "type": "ERROR",
+        "object": {"code": 410, "reason": "Expired", "message": "too old resource version"},
+    }
+    server.script[:] = [
+        listed("1", "one", "two"),
+        changes(change("ADDED", "three", "2"), change("DELETED", "two", "3"), {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "9"}}}),
+        changes(gone),
+        listed("20", "three"),
+        *["drop"] * 50,
+    ]  # fmt: skip
+    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror.start()
+    until = time.monotonic() + 10
+    while len(server.seen) < 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    mirror.stop()
+    watched = [path for _, path, _ in server.seen if "watch=true" in path]
+    assert "resourceVersion=1&" in watched[0]
+    assert "resourceVersion=9&" in watched[1], "a bookmark moves the version on"
+    state = {thing["metadata"]["uid"]: mirror.is_gone(thing) for thing in mirror.of("a")}
+    assert state == {"one": True, "two": True, "three": False}
