@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import os
 import shutil
 import sys
@@ -116,15 +115,11 @@ def run_options(path):
 
 
 def run_value(path, name):
-    """A function of the wildcards: one value of how it is run."""
+    """A function of the wildcards: one value of how it is run.
+
+    Pods get their CPUs by `cpu`: Snakemake cuts `threads` to what its own machine has.
+    """
     return lambda wildcards: getattr(artefact(path)(wildcards).run, name)
-
-
-def cpu_per_node(path):
-    """A function of the wildcards: CPUs of each pod. Snakemake cuts `threads` to its own machine's."""
-    return lambda wildcards: math.ceil(
-        artefact(path)(wildcards).run.cores / artefact(path)(wildcards).run.nodes
-    )
 
 
 def describe(path):

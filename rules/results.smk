@@ -13,7 +13,7 @@ rule eval:
     resources:
         nodes=run_value("store/eval/{name}", "nodes"),
         gpus=run_value("store/eval/{name}", "gpus"),
-        cpu=cpu_per_node("store/eval/{name}"),
+        cpu=run_value("store/eval/{name}", "cores_per_node"),
         mem_mb=run_value("store/eval/{name}", "mem_mb"),
         shm_mb=run_value("store/eval/{name}", "shm_mb"),
         runtime=run_value("store/eval/{name}", "runtime"),

@@ -13,7 +13,7 @@ rule sft:
     resources:
         nodes=run_value("store/sft/{name}", "nodes"),
         gpus=run_value("store/sft/{name}", "gpus"),
-        cpu=cpu_per_node("store/sft/{name}"),
+        cpu=run_value("store/sft/{name}", "cores_per_node"),
         mem_mb=run_value("store/sft/{name}", "mem_mb"),
         shm_mb=run_value("store/sft/{name}", "shm_mb"),
         runtime=run_value("store/sft/{name}", "runtime"),
@@ -48,7 +48,7 @@ rule reward:
     resources:
         nodes=run_value("store/reward/{name}", "nodes"),
         gpus=run_value("store/reward/{name}", "gpus"),
-        cpu=cpu_per_node("store/reward/{name}"),
+        cpu=run_value("store/reward/{name}", "cores_per_node"),
         mem_mb=run_value("store/reward/{name}", "mem_mb"),
         shm_mb=run_value("store/reward/{name}", "shm_mb"),
         runtime=run_value("store/reward/{name}", "runtime"),
@@ -83,7 +83,7 @@ rule rlhf:
     resources:
         nodes=run_value("store/rlhf/{name}", "nodes"),
         gpus=run_value("store/rlhf/{name}", "gpus"),
-        cpu=cpu_per_node("store/rlhf/{name}"),
+        cpu=run_value("store/rlhf/{name}", "cores_per_node"),
         mem_mb=run_value("store/rlhf/{name}", "mem_mb"),
         shm_mb=run_value("store/rlhf/{name}", "shm_mb"),
         runtime=run_value("store/rlhf/{name}", "runtime"),

@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rlhf import catalog
-from rlhf.config_training import Dtype, Float, Int, Lora, Optimizer, RlhfRun, Section, TrainingRun, multiples
+from rlhf.config_training import (
+    Dtype,
+    Float,
+    Int,
+    Lora,
+    Optimizer,
+    RlhfRun,
+    Section,
+    TrainingRun,
+    multiples,
+    not_one,
+)
 from rlhf.config_training import Run as Run
 from rlhf.errors import ConfigError
 from rlhf.layers import Tree, chain_of, listing, merge, mistakes, unknown
@@ -157,8 +168,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps (the other one: null)")
+        if wrong := not_one(self, "epochs", "steps"):
+            raise ValueError(*wrong)
         return self
 
 
@@ -227,9 +238,7 @@ class Rlhf(Section):
 
     @model_validator(mode="after")
     def _lengths(self) -> Rlhf:
-        wrong = []
-        if (self.epochs is None) == (self.iterations is None):
-            wrong.append("give either epochs or iterations (the other one: null)")
+        wrong = not_one(self, "epochs", "iterations")
         if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
             wrong.append(
                 f"kl_horizon {self.kl_horizon} is below rollout_batch_size {self.rollout_batch_size}:"

@@ -24,6 +24,13 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 Dtype = Literal["bf16", "fp16", "fp32"]
 
 
+def not_one(section: BaseModel, first: str, second: str) -> list[str]:
+    """Return what is wrong unless exactly one of two fields is given."""
+    if (getattr(section, first) is None) != (getattr(section, second) is None):
+        return []
+    return [f"give either {first} or {second} (the other one: null)"]
+
+
 def multiples(value: int, step: int) -> str:
     """Return the multiples of `step` beside `value`, in words."""
     below, above = value // step * step, math.ceil(value / step) * step
@@ -51,8 +58,8 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Optimizer:
-        if (self.warmup_steps is None) == (self.warmup_ratio is None):
-            raise ValueError("give either warmup_steps or warmup_ratio (the other one: null)")
+        if wrong := not_one(self, "warmup_steps", "warmup_ratio"):
+            raise ValueError(*wrong)
         return self
 
     def warmup(self, steps: int) -> int:
@@ -118,6 +125,11 @@ class Run(Section):
     def cores(self) -> int:
         """CPU cores that its processes keep busy."""
         return self.processes * self.threads
+
+    @property
+    def cores_per_node(self) -> int:
+        """CPU cores that its processes on one node keep busy."""
+        return self.cores // self.nodes
 
     @property
     def cut(self) -> dict[str, int]:

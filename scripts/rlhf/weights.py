@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,6 @@ class Conversion:
     tied: dict[str, str]  # a tensor that is another one's -> that one
     ignored: list[str]  # patterns of names that the model class knows and does not want
     prefix: str
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @staticmethod
     def of(source: Path) -> Conversion:
@@ -130,7 +129,7 @@ class Conversion:
         raise DataError(f"{self.source}: the checkpoint has {key}, of which config.json knows nothing")
 
     def convert(self, path: Path, target: Path) -> None:
-        """Write one pickled shard as safetensors, and beside it the digests of tied copies."""
+        """Write one pickled shard as safetensors, with the digests of tied copies in its header."""
         tensors: dict[str, torch.Tensor] = {}
         copies: dict[str, str] = {}
         for key, tensor in _read_pickle(path).items():

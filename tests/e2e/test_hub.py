@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,8 @@ import pytest
 from conftest import Pipeline
 from hub_server import HubServer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.rows import Rows
 
 RUN = "{micro_batch_size: 8, threads: 1, save_steps: 10}"
 SCENARIO = f"""
@@ -105,9 +108,15 @@ def test_no_prompt_is_in_two_phases_and_the_card_counts_every_row(trained):
         "Dahoas/full-hh-rlhf": 600,
         "Dahoas/synthetic-instruct-gptj-pairwise": 600,
     }
-    for card in trained.volume.glob("store/data/*/card.json"):
-        for name, counts in json.loads(card.read_text())["datasets"].items():
+    prompts = {}
+    for path in trained.volume.glob("store/data/*/card.json"):
+        card = json.loads(path.read_text())
+        for name, counts in card["datasets"].items():
             assert sum(counts.values()) == rows[name]
+        prompts[card["phase"]] = {row[0].tobytes() for row in Rows(path.parent / "train")}
+    assert len(prompts) == 3
+    for a, b in combinations(prompts.values(), 2):
+        assert not a & b
 
 
 def test_without_the_server_there_is_nothing_to_do_and_another_scenario_trains(trained):
