@@ -20,6 +20,11 @@ from rlhf.rows import Rows
 
 BATCH = 64
 SHOWN = 12  # prompts in the table
+LEGEND = """\
+before: SFT; after: RLHF. score: the reward model's; judged: by the judge of the configuration (VADER's
+compound is -1 to 1). words: of a reply; distinct_2: different bigrams over all bigrams. matched length: replies
+after weighted to the word counts before. KL: log pi - log SFT, summed over a reply's tokens.
+"""
 
 
 def compare(
@@ -72,9 +77,17 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         figures[f"distinct_2_{when}"] = distinct_bigrams([r["reply"] for r in replies])
         if "judged" in replies[0]:
             figures[f"judged_{when}"] = _mean([r["judged"] for r in replies])
+    figures["win_rate_score"] = win_rate(rows, "score")
     if "judged_after" in figures:
+        figures["win_rate_judged"] = win_rate(rows, "judged")
         figures["judged_after_matched_length"] = matched_length(rows)
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def win_rate(rows: Sequence[dict[str, Any]], by: str) -> float:
+    """Return the share of prompts whose reply after is the better one; an equal one counts half."""
+    gaps = np.array([row["after"][by] - row["before"][by] for row in rows])
+    return float(np.mean((gaps > 0) + (gaps == 0) / 2))
 
 
 def matched_length(rows: Sequence[dict[str, Any]]) -> float:
@@ -120,5 +133,8 @@ def table(rows: Sequence[dict[str, Any]], figures: dict[str, float]) -> str:
     if "judged_after_matched_length" in figures:
         matched = figures["judged_after_matched_length"]
         lines.append(f"{'judged, matched length':<22} {'':>9} {matched:+9.3f}")
+    for name in (n for n in figures if n.startswith("win_rate")):
+        by = name.removeprefix("win_rate_")
+        lines.append(f"{'better by ' + by:<22} {'':>9} {figures[name]:9.1%} of prompts")
     lines.append(f"{'KL to the SFT actor':<22} {'':>9} {figures['kl']:9.3f} nats per reply")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", LEGEND])

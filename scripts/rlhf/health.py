@@ -34,6 +34,7 @@ BOUNDS = (
     Bound("entropy", 0.1, float("inf"), "the policy hardly draws any more: raise kl_coef or the temperature"),
     Bound("explained_variance", -1, 1, "the critic is worse than a constant: lower its learning rate"),
     Bound("ended", 0.2, 1, "most replies do not end: raise max_new_tokens or missing_eos_penalty"),
+    Bound("score_length_correlation", -0.9, 0.9, "the score says little more than the length of a reply"),
     Bound("length", 2, float("inf"), "replies shrink to nothing: look at what the reward model prefers"),
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf import families, lora, parallel, sharding
 from rlhf.config import Lora
-from rlhf.errors import DataError
+from rlhf.errors import DataError, UserError
 from rlhf.tokens import Packed, Padded
 
 transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
@@ -38,7 +38,11 @@ def load_actor(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         DataError: weights are missing, unexpected or of another shape; they are named.
+        UserError: it gives scores, not text.
     """
+    kinds = AutoConfig.from_pretrained(path).architectures or []
+    if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(f"{path} is a reward model or a critic: it gives scores, not replies; give an actor")
     return _load(AutoModelForCausalLM, path, dtype, allowed=set())
 
 

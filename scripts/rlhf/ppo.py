@@ -178,6 +178,7 @@ def _targets(
         "kl_coef": control.kl_coef,
         "length": mask.sum(-1).float().mean(),
         "ended": seen.ended.float().mean(),
+        "score_length_correlation": ppo_math.correlation(seen.scores, mask.sum(-1).float()),
         "value": ppo_math.masked_mean(seen.values, mask),
         "explained_variance": ppo_math.explained_variance(seen.values, returns, mask),
     }
@@ -196,7 +197,7 @@ def _update(learner: Learner, seen: Rollout, targets: Targets, iteration: int, s
             history.append(_step(learner, seen, targets, shuffled[part].to(seen.ended.device), number))
     means = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
     return means | {
-        "ratio_max": max(h["ratio_mean"] for h in history),
+        "ratio_mean_max": max(h["ratio_mean"] for h in history),
         "first_approx_kl": history[0]["approx_kl"],
     }
 

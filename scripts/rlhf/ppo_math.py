@@ -89,6 +89,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - masked_mean((error - masked_mean(error, mask)) ** 2, mask) / spread.clamp(min=1e-8)
 
 
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Return Pearson's correlation of two (B,); 0 where one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+
+
 def next_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """Return the coefficient of the next iteration. Source: Ziegler et al. 2019, section 2.2."""
     error = min(max(kl / target - 1, -0.2), 0.2)

@@ -62,6 +62,9 @@ class Volume:
         meant = sorted(path for path in known if path == wanted or path.endswith(wanted))
         if len(meant) == 1:
             return Path(meant[0])
+        theirs = [result for result in self.plan.results if result.startswith(f"results/{_bare(wanted)}/")]
+        if theirs:
+            raise UserError(f"{name!r} is a scenario: name one of {', '.join(theirs)}")
         raise UserError(f"{name!r} means {'no artefact' if not meant else ', '.join(meant)}; see `ls`")
 
     def record(self, path: Path) -> dict[str, Any]:
@@ -164,6 +167,10 @@ class Volume:
         """Remove directories."""
         for path in paths:
             shutil.rmtree(path)
+
+
+def _bare(scenario: str) -> str:
+    return scenario.removeprefix("results/")
 
 
 def _copy(source: Path, artefact: Artefact) -> None:

@@ -66,6 +66,24 @@ def test_chat_answers_one_prompt(smoke):
     assert answers.pop().strip()
 
 
+def test_chat_with_a_reward_model_is_refused_in_words(smoke):
+    model = smoke.volume / "results/smoke/reward/model"
+    command = [sys.executable, str(smoke.project / "scripts/chat.py"), str(model), "--prompt", "hello"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "gives scores, not replies" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_what_was_left_out_of_the_built_in_pairs_is_counted(smoke):
+    dataset = next(smoke.volume.glob("datasets/builtin/chitchat-pairs*"))
+    counts = json.loads((dataset / "card.json").read_text())
+    with (dataset / "files/train.jsonl").open() as rows:
+        assert counts.pop("rows") == sum(1 for _ in rows)
+    assert len(counts) == 3
+    assert all(text.startswith("left out: ") and number > 0 for text, number in counts.items())
+
+
 def test_a_changed_reward_rate_rebuilds_reward_and_rlhf_and_keeps_the_old(smoke):
     before = {name: smoke.artefact(f"smoke/{name}") for name in ("sft/actor", "reward/model", "rlhf/actor")}
     targets = ("results/smoke/reward/model", ACTOR)

@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT / "scripts"))
+from rlhf import health  # noqa: E402
+
 SEEDS = tuple(int(seed) for seed in os.environ.get("LEARN_SEEDS", "1 2 3").split())
 
 
@@ -33,6 +36,7 @@ def main() -> None:
     command = ["snakemake", *targets, "--configfile", str(volume / "config.json")]
     subprocess.run(command, cwd=PROJECT, check=True)
     broken = [text for name in scenarios for text in report(volume / "results" / name, name)]
+    broken += [text for name in scenarios for text in unhealthy(volume, name)]
     broken += [text for seed in SEEDS for text in accuracy(volume / f"results/learn-{seed}/reward/model")]
     print("\n".join(broken) or "all bounds hold")
     sys.exit(1 if broken else 0)
@@ -60,6 +64,20 @@ def report(results: Path, name: str) -> list[str]:
             "fewer than 512 prompts": f["prompts"] < 512,
         }
     return [f"{name}: {text}" for text, is_broken in bounds.items() if is_broken]
+
+
+def unhealthy(volume: Path, name: str) -> list[str]:
+    """Print how far PPO's updates went; return which of the health gate's bounds an iteration broke."""
+    record = json.loads((volume / "results" / name / "rlhf/eval/provenance.json").read_text())
+    ppo = volume / record["parents"]["rlhf"]
+    lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
+    bounds = [b for b in health.BOUNDS if b.metric in ("ratio_mean", "clip_fraction", "approx_kl")]
+    ranges = {b.metric: [f([line[b.metric] for line in lines]) for f in (min, max)] for b in bounds}
+    run = json.loads((ppo / "run.json").read_text())
+    print(f"{name:<10} " + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
+          + f"; {run['seconds']:.0f} s of PPO")  # fmt: skip
+    return [f"{name}: {health.in_words(b, value)}" for b in bounds for value in ranges[b.metric]
+            if not b.least <= value <= b.most]  # fmt: skip
 
 
 def accuracy(model: Path) -> list[str]:

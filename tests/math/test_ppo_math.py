@@ -195,6 +195,14 @@ def test_a_perfect_critic_explains_all_and_a_constant_one_nothing():
     assert ppo_math.explained_variance(-returns, returns, MASK) < 0
 
 
+def test_correlation_knows_direction_alone():
+    x, y = noise(0)[:, 0], noise(1)[:, 0]
+    close(ppo_math.correlation(x, 3 * x + 1), torch.tensor(1.0))
+    close(ppo_math.correlation(x, -x), torch.tensor(-1.0))
+    close(ppo_math.correlation(x, y), torch.corrcoef(torch.stack([x, y]))[0, 1])
+    assert ppo_math.correlation(x, torch.ones(B)) == 0
+
+
 def test_the_kl_coefficient_rises_above_the_target_and_falls_below_it():
     def after(kl):
         return ppo_math.next_kl_coef(0.2, kl, 6.0, 64, 10000)

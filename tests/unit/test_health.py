@@ -9,6 +9,7 @@ from rlhf.health import BOUNDS, Health
 WELL = {
     "first_approx_kl": 1e-6, "ratio_mean": 1.0, "clip_fraction": 0.1, "approx_kl": 0.01, "kl_ref": 3.0,
     "entropy": 3.0, "explained_variance": 0.5, "ended": 0.9, "length": 14.0,
+    "score_length_correlation": 0.3,
 }  # fmt: skip
 
 

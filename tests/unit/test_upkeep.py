@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import store
+from rlhf.errors import UserError
 from rlhf.plan import Plan
 from rlhf.upkeep import Volume
 
@@ -31,3 +32,11 @@ def test_what_no_result_needs_is_unused(volume):
 def test_an_artefact_whose_parent_was_removed_by_hand_stays_in_use(volume):
     shutil.rmtree("datasets/a/b@1")
     assert volume.unused() == [Path("store/sft/idle-2")]
+
+
+def test_the_name_of_a_scenario_is_answered_with_its_results(volume):
+    results = {f"results/x/{name}": "store/sft/used-1/model" for name in ("sft/actor", "rlhf/actor")}
+    volume.plan = Plan({}, results)
+    for name in ("x", "results/x", "results/x/"):
+        with pytest.raises(UserError, match="is a scenario: name one of results/x/sft/actor, results/x/rlhf"):
+            volume.find(name)
