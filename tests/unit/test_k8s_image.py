@@ -1,11 +1,14 @@
-"""The training image: its Dockerfile is linted, and says what it may not say."""
+"""The training image: its Dockerfile is linted, and says what it may not say. The conda environment."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import yaml
 
 REPO = Path(__file__).parents[2]
 DOCKERFILE = (REPO / "envs" / "Dockerfile").read_text()
@@ -27,3 +30,15 @@ def test_the_training_image_is_not_root_and_has_no_sshd():
 def test_no_secret_can_get_into_a_layer():
     assert not re.search(r"(?i)(token|password|secret)", DOCKERFILE)
     assert ".git" in (REPO / ".dockerignore").read_text().split()
+
+
+def test_the_conda_environment_is_what_the_project_asks_for_as_locked():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((REPO / "envs/training.yaml").read_text())
+    lines = environment["dependencies"][-1]["pip"]
+    assert {name(line) for line in lines} == {name(line) for line in project["dependencies"]}
+    assert set(lines) <= set((REPO / "envs/constraints.txt").read_text().split())
+
+
+def name(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
