@@ -11,14 +11,18 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+OPTIONS = {
+    "k8s": ["-p", "no:randomly"],  # one cluster, whose faults have an order
+    "e2e": ["--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadgroup"],
+}
 
 
 def main() -> None:
     passed = failed = skipped = 0
     for layer in sys.argv[1:]:
         print(f"== {layer}", flush=True)
-        command = [sys.executable, "-m", "pytest", str(TESTS / layer), "--durations=5"]
-        command += ["-p", "no:randomly"] if layer == "k8s" else []  # one cluster, whose faults have an order
+        command = [sys.executable, "-m", "pytest", str(TESTS / layer), "--durations=10"]
+        command += OPTIONS.get(layer, [])
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, check=False)
         print(run.stdout, flush=True)
         counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", run.stdout)}
