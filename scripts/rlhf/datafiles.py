@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from pyarrow.parquet import ParquetFile
 
 from rlhf.errors import DataError
 
 BATCH = 1000  # rows
+Columns = dict[str, list[Any]]  # name -> values of some rows
+UNREADABLE = (
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    datasets.exceptions.DatasetGenerationError,
+)
 FILES = "files"  # where an artefact keeps the files as they were published
 
 
@@ -22,11 +33,10 @@ def read(artefact: Path, split: str) -> Iterator[dict[str, Any]]:
     """
     path = artefact / FILES
     try:
-        rows = _saved(path, split) if _is_saved(path) else _published(path, split)
-        for batch in rows.iter(batch_size=BATCH):  # row by row costs several times as much
+        for batch in _saved(path, split) if _is_saved(path) else _published(path, split):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError, KeyError) as error:
+    except UNREADABLE as error:
         raise DataError(f"cannot read split {split!r} of {artefact}: {error}") from error
 
 
@@ -34,15 +44,30 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-def _saved(path: Path, split: str) -> datasets.Dataset:
+def _saved(path: Path, split: str) -> Iterator[Columns]:
     found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise DataError(f"{path} has no split {split!r}; there are {', '.join(found)}")
-    return found[split]
+    if not isinstance(found, datasets.Dataset):
+        found = _one(found, split, path)
+    yield from found.iter(batch_size=BATCH)  # row by row costs several times as much
 
 
-def _published(path: Path, split: str) -> datasets.IterableDataset:
-    """Return a stream over the files: nothing is copied to a cache, memory stays flat."""
-    return datasets.load_dataset(str(path), split=split, streaming=True)
+def _one(splits: Mapping[str, Any], split: str, path: Path) -> Any:
+    if split not in splits:
+        raise DataError(f"{path} has no split {split!r}; there are {', '.join(map(str, splits))}")
+    return splits[split]
+
+
+def _published(path: Path, split: str) -> Iterator[Columns]:
+    """Stream over the files of a split: nothing is copied to a cache, memory stays flat.
+
+    `datasets` finds them. It reads Parquet ahead, by more the larger the files are: that is done here.
+    """
+    files = _one(datasets.load_dataset_builder(str(path)).config.data_files, split, path)
+    if empty := [name for name in files if not os.path.getsize(name)]:
+        raise DataError(f"{empty[0]} is empty")
+    if all(name.endswith(".parquet") for name in files):
+        for name in files:
+            for batch in ParquetFile(name).iter_batches(BATCH):
+                yield batch.to_pydict()
+    else:
+        yield from datasets.load_dataset(str(path), split=split, streaming=True).iter(batch_size=BATCH)

@@ -111,8 +111,17 @@ def main() -> None:
         chat_tokenizer.bring(folder / "opt", folder / "tokenizer")
         splits = [measure(folder, count, "rlhf") for count in (largest // 4, largest)]
         print("splitting", *splits, sep="\n  ")
-        print(f"four times the rows: {splits[1]['seconds'] / splits[0]['seconds']:.2f} times the seconds")
-        print("splitting and tokenising", measure(folder, largest // 10, "sft"), sep="\n  ")
+        slower = splits[1]["seconds"] / splits[0]["seconds"]
+        more_mb = splits[1]["grew_mb"] - splits[0]["grew_mb"]
+        print(f"four times the rows: {slower:.2f} times the seconds, {more_mb} MB more")
+        tokenised = measure(folder, largest // 10, "sft")
+        print("splitting and tokenising", tokenised, sep="\n  ")
+    broken = {
+        "splitting is not linear in time": slower > 5,
+        "splitting is not flat in memory": more_mb > 150,
+        "fewer than 50,000 tokens/s per core": tokenised["tokens_per_s_per_core"] < 50_000,
+    }
+    sys.exit("; ".join(text for text, is_broken in broken.items() if is_broken))
 
 
 if __name__ == "__main__":
