@@ -63,16 +63,15 @@ class HubServer:
     def files(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return (commit, file -> content) of a revision."""
         folder = self.root / kind / name
+        if (kept := self.commits.get((kind, name, revision))) is not None:
+            return revision, kept
         if not folder.is_dir():
             return None
         now = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         listing = sorted((n, git_hash(c)) for n, c in now.items())
         commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
         self.commits[kind, name, commit] = now
-        if revision == "main":
-            return commit, now
-        kept = self.commits.get((kind, name, revision))
-        return (revision, kept) if kept is not None else None
+        return (commit, now) if revision in ("main", commit) else None
 
 
 class _Handler(BaseHTTPRequestHandler):
