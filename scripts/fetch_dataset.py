@@ -26,7 +26,7 @@ def choose(names: Iterable[str]) -> list[str]:
     found = [n for n in names if is_data(n)]
     if not found:
         raise UserError(
-            "the repository holds no rows in Parquet, JSON, JSON lines, CSV or Arrow; it holds"
+            "there are no rows in Parquet, JSON, JSON lines, CSV or Arrow; there are"
             f" {', '.join(sorted(names)[:20])}. For a dataset that is made by a script the Hub keeps a copy:"
             " set revision: refs/convert/parquet"
         )
@@ -38,11 +38,8 @@ def main() -> None:
     fetched = fetching.fetch("dataset", args, choose)
     with stage.publish(args) as draft:
         draft.provenance["source"] = fetched.source
-        single = fetched.path.is_file()
-        for path in [fetched.path] if single else sorted(fetched.path.rglob("*")):
-            name = path.name if single else path.relative_to(fetched.path).as_posix()
-            if path.is_file() and not path.name.startswith("."):
-                store.link_or_copy(path, draft.path / "files" / name)
+        for name in fetched.names:
+            store.link_or_copy(fetched.path / name, draft.path / "files" / name)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ def choose(names: Iterable[str]) -> list[str]:
     """Return the files that are needed; no copies for Flax or TensorFlow, no second set of weights."""
     names = list(names)
     found = weights.choose(names)
-    if not found or "config.json" not in names:
+    if not found or "config.json" not in names or not chat_tokenizer.has_vocabulary(names):
         raise UserError(
-            "the repository is no model that can be used: it needs config.json and weights in"
-            f" model*.safetensors or pytorch_model*.bin; it holds {', '.join(sorted(names)[:20])}"
+            "this is no model that can be used: it needs config.json, weights in model*.safetensors or"
+            " pytorch_model*.bin, and a tokenizer in tokenizer.json, vocab.json with merges.txt, vocab.txt or"
+            f" *.model; there are {', '.join(sorted(names)[:20])}"
         )
     return found + [n for n in names if any(fnmatch(n, p) for p in CARDS + TOKENIZER) and "/" not in n]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.errors import DataError
 from rlhf.templates import HUMAN_ASSISTANT
+from rlhf.weights import UNUSABLE, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -17,13 +19,28 @@ PADS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>",
 NEW_PAD = "<|pad|>"
 
 
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer can be made of these files."""
+    present = set(names)
+    return (
+        bool(present & {"tokenizer.json", "vocab.txt"})
+        or {"vocab.json", "merges.txt"} <= present
+        or any(name.endswith(".model") for name in present)
+    )
+
+
 def bring(source: Path, out: Path) -> None:
     """Write the tokenizer of a published model as one that loads whole, with template and padding.
 
     Raises:
         DataError: it has no EOS, or neither a token nor a place for padding.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    read_config(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UNUSABLE as error:
+        why = str(error).strip().partition("\n")[0].rstrip(". ")
+        raise DataError(f"the tokenizer in {source} cannot be read ({why}): bring its files again") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise DataError(f"{source} needs a fast tokenizer with an EOS token")
     if tokenizer.chat_template is None:
@@ -41,7 +58,7 @@ def _give_padding(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
     candidates = [tokenizer.pad_token, *PADS]
     pad = next((t for t in candidates if t in known and t not in ends), None)
     if pad is None:
-        rows = AutoConfig.from_pretrained(source).vocab_size
+        rows = read_config(source).vocab_size
         if len(tokenizer) >= rows:
             raise DataError(
                 f"{source}: the vocabulary has no token for padding and the embedding no free row"

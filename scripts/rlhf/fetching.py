@@ -17,16 +17,19 @@ from rlhf.workdir import hold
 Choice = Callable[[Iterable[str]], list[str]]  # names of all files -> names of those that are needed
 
 SNAPSHOT = "snapshot.json"
+POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Fetched:
     """Where the files of a source lie, and what the artefact's provenance says of them.
 
-    `ours`: they lie in our working directory and may be used up.
+    `names` are those of the files that are needed. `ours`: they lie in our working directory and may
+    be used up.
     """
 
     path: Path
+    names: list[str]
     ours: bool
     source: dict[str, Any]
 
@@ -47,7 +50,7 @@ def fetch(
     hold(args.work)
     name = args.spec["config"][kind]
     if catalog.kind(name) == "local":
-        return _local(name, args.spec["config"]["fingerprint"])
+        return _local(name, args.spec["config"]["fingerprint"], choose)
     snapshot = _snapshot(kind, name, args)
     lock.record(args.output, snapshot.commit)
     chosen = choose(f.name for f in snapshot.files)
@@ -55,16 +58,35 @@ def fetch(
     download(snapshot, [n for n in chosen if not have(n)], directory)
     hashes = {f.name: f.sha256 or f.blob_id for f in snapshot.files if f.name in chosen}
     source = {"repository": name, "revision": snapshot.revision, "commit": snapshot.commit, "files": hashes}
-    return Fetched(directory, True, source)
+    return Fetched(directory, chosen, True, source)
 
 
-def _local(name: str, fingerprint: str) -> Fetched:
+def _local(name: str, fingerprint: str, choose: Choice) -> Fetched:
     path = Path(name)
     if not path.exists():
         raise UserError(f"{name} does not exist on the volume ({Path.cwd()}): correct it in config.yaml")
     if store.fingerprint(path) != fingerprint:
         raise UserError(f"{name} has changed since the run was planned: start it again")
-    return Fetched(path, False, {"path": name, "fingerprint": fingerprint})
+    folder = path if path.is_dir() else path.parent
+    files = [
+        p.relative_to(folder) for p in sorted(path.rglob("*") if path.is_dir() else [path]) if p.is_file()
+    ]
+    try:
+        chosen = choose(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    for file in chosen:
+        _refuse_pointer(folder / file)
+    return Fetched(folder, chosen, False, {"path": name, "fingerprint": fingerprint})
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what a clone without Git LFS has in the place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(
+                f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in {path.parent}"
+            )
 
 
 def _snapshot(kind: str, name: str, args: Arguments) -> hub.Snapshot:

@@ -1,8 +1,8 @@
 """A published model's weights, as safetensors: linked where they are, converted from pickles.
 
 OPT's weights on the Hub are pickles (`pytorch_model*.bin`). They are read with `weights_only=True`,
-one shard at a time, every tensor is checked against the configuration, and nothing downstream ever
-reads a pickle.
+one shard at a time, and nothing downstream ever reads a pickle. Every tensor of either kind is
+checked against the configuration, safetensors by their headers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SAFE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 PICKLE = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+UNUSABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError)
 TOLD = 5  # names that an error message lists
 
 
@@ -41,16 +45,48 @@ def converted_name(name: str) -> str:
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
+def _pickle_name(converted: str) -> str:
+    return converted.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+
+
 def choose(names: Iterable[str]) -> list[str]:
-    """Return the weight files that are needed: safetensors where there are some, else pickles."""
+    """Return the weight files that are needed: safetensors where there are some, else pickles.
+
+    Raises:
+        UserError: shards are missing.
+    """
     present = set(names)
     for pattern in (SAFE, PICKLE):
         found = sorted(n for n in present if pattern.fullmatch(n))
         shards = [n for n in found if "-of-" in n]
+        whole = [n for n in found if n not in shards]
+        if whole and shards:
+            logger.warning("%s is taken, the shards beside it (%s) are left out", whole[0], ", ".join(shards))
         if found:
-            whole = [n for n in found if n not in shards]
-            return whole or shards + [i for i in (INDEX,) if i in present and pattern is SAFE]
+            return whole or _all_of(shards)
     return []
+
+
+def _all_of(shards: list[str]) -> list[str]:
+    """Return the shards if they are one set, and whole."""
+    totals = {re.sub(r"\D", "", name.split("-of-")[1]) for name in shards}
+    if len(totals) > 1:
+        raise UserError(f"shards of two sets lie side by side: {', '.join(shards)}; remove those of one")
+    number = re.compile(r"\d+(?=-of-)")
+    first, total = shards[0], int(totals.pop())
+    every = (number.sub(str(i + 1).zfill(len(number.search(first)[0])), first) for i in range(total))  # type: ignore[index]
+    if len(shards) < total:
+        missing = _listed([name for name in every if name not in shards])
+        raise UserError(
+            f"the weights lack {missing}, and have {', '.join(shards[:TOLD])}: bring all {total} shards from"
+            " where the model was published"
+        )
+    return shards
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+    return ", ".join(names[:TOLD]) + more
 
 
 def bring(source: Path, out: Path, work: Path, ours: bool) -> None:
@@ -64,33 +100,52 @@ def bring(source: Path, out: Path, work: Path, ours: bool) -> None:
         DataError: they do not fit the configuration.
         UserError: a pickle holds anything but tensors, or there are no weights.
     """
-    names = {p.name for p in [*source.iterdir(), *work.glob("*.safetensors")]}
-    safe = [n for n in choose(names) if SAFE.fullmatch(n) or n == INDEX]
-    if not safe or (work / safe[0]).exists():
-        return _convert_all(source, out, work, ours)
-    for name in safe:
-        store.link_or_copy(source / name, out / name)
-    return None
-
-
-def _convert_all(source: Path, out: Path, work: Path, ours: bool) -> None:
-    conversion = Conversion.of(source)
-    work.mkdir(parents=True, exist_ok=True)
-    for path in progress(
-        sorted(p for p in source.iterdir() if PICKLE.fullmatch(p.name)), "weights", unit="file"
-    ):
-        target = work / converted_name(path.name)
-        if not target.exists():
-            conversion.convert(path, target)
-        if ours:
-            path.unlink()
-    shards = sorted(work.glob("*.safetensors"))
-    if not shards:
+    done = {_pickle_name(p.name) for p in work.glob("*.safetensors")}
+    chosen = choose(done | {p.name for p in source.iterdir()})
+    if not chosen:
         raise UserError(f"{source} holds no model*.safetensors and no pytorch_model*.bin")
+    conversion = Conversion.of(source)
+    if PICKLE.fullmatch(chosen[0]):
+        shards = _convert_all(conversion, chosen, work, ours)
+    else:
+        shards = [source / name for name in chosen]
     conversion.check(shards)
     for shard in shards:
         store.link_or_copy(shard, out / shard.name)
     _write_index(shards, out)
+
+
+def _convert_all(conversion: Conversion, names: list[str], work: Path, ours: bool) -> list[Path]:
+    work.mkdir(parents=True, exist_ok=True)
+    for name in progress(names, "weights", unit="file"):
+        target = work / converted_name(name)
+        if not target.exists():
+            conversion.convert(conversion.source / name, target)
+        if ours:
+            (conversion.source / name).unlink(missing_ok=True)
+    return [work / converted_name(name) for name in names]
+
+
+def read_config(source: Path) -> Any:
+    """Return a published model's configuration; no code of its own is run.
+
+    Raises:
+        DataError: it is damaged, or of a kind that `transformers` does not have.
+    """
+    with _understood(source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+@contextmanager
+def _understood(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except UNUSABLE as error:
+        why = str(error).strip().partition("\n")[0].rstrip(". ")
+        raise DataError(
+            f"{source}/config.json cannot be used ({why}): bring it again if it is damaged, or choose a causal"
+            f" language model that transformers {transformers.__version__} has; a model's own code is not run"
+        ) from None
 
 
 @dataclass
@@ -106,23 +161,25 @@ class Conversion:
     @staticmethod
     def of(source: Path) -> Conversion:
         """Read a model's configuration; no weight is made."""
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        config = read_config(source)
+        with torch.device("meta"), _understood(source):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
         ignored = list(model._keys_to_ignore_on_load_unexpected or [])
         return Conversion(source, shapes, tied, ignored, model.base_model_prefix)
 
-    def name(self, key: str) -> str | None:
+    def name(self, key: str, shape: list[int], path: Path) -> str | None:
         """Return the model's name of a checkpoint's tensor; None for one that is not wanted.
 
         Raises:
-            DataError: the model has no such tensor.
+            DataError: the model has no such tensor, or one of another shape.
         """
         for name in (key, f"{self.prefix}.{key}", key.removeprefix(f"{self.prefix}.")):
-            if name in self.shapes:
+            if self.shapes.get(name) == shape:
                 return name
+            if name in self.shapes:
+                raise DataError(f"{path}: {key} has shape {shape}, config.json says {self.shapes[name]}")
         if any(re.search(pattern, key) for pattern in self.ignored) or key.endswith("rotary_emb.inv_freq"):
             logger.info("%s is a constant that the model makes itself; left out", key)
             return None
@@ -133,12 +190,8 @@ class Conversion:
         tensors: dict[str, torch.Tensor] = {}
         copies: dict[str, str] = {}
         for key, tensor in _read_pickle(path).items():
-            if (name := self.name(key)) is None:
+            if (name := self.name(key, list(tensor.shape), path)) is None:
                 continue
-            if list(tensor.shape) != self.shapes[name]:
-                raise DataError(
-                    f"{path}: {key} has shape {list(tensor.shape)}, config.json says {self.shapes[name]}"
-                )
             if name in self.tied:
                 copies[name] = _tensor_digest(tensor)
             else:
@@ -153,22 +206,37 @@ class Conversion:
         Raises:
             DataError: they do not; names are told.
         """
-        where: dict[str, Path] = {}
+        where: dict[str, tuple[Path, str]] = {}
         copies: dict[str, str] = {}
         for shard in shards:
-            with safe_open(shard, "pt") as file:
-                where |= dict.fromkeys(file.keys(), shard)
-                copies |= json.loads(file.metadata()["tied"])
+            for name, key in self._header(shard, copies):
+                if name in where:
+                    raise DataError(f"{self.source}: {where[name][0].name} and {shard.name} both hold {name}")
+                where[name] = shard, key
         if missing := sorted(self.shapes.keys() - where.keys() - self.tied.keys()):
-            more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
-            raise DataError(f"{self.source}: the checkpoint lacks {', '.join(missing[:TOLD])}{more}")
+            raise DataError(f"{self.source}: the checkpoint lacks {_listed(missing)}")
         for name, digest in copies.items():
             original = self.tied[name]
-            with safe_open(where[original], "pt") as file:
-                if _tensor_digest(file.get_tensor(original)) != digest:
+            shard, key = where[original]
+            with safe_open(shard, "pt") as file:
+                if _tensor_digest(file.get_tensor(key)) != digest:
                     raise DataError(
                         f"{self.source}: config.json ties {name} to {original}, the checkpoint's differ"
                     )
+
+    def _header(self, shard: Path, copies: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Yield (the model's name, the shard's) of its tensors; add digests of tied ones to `copies`."""
+        try:
+            with safe_open(shard, "pt") as file:
+                copies |= json.loads((file.metadata() or {}).get("tied", "{}"))
+                for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                    name = self.name(key, file.get_slice(key).get_shape(), shard)
+                    if name in self.tied:
+                        copies[name] = _tensor_digest(file.get_tensor(key))
+                    elif name:
+                        yield name, key
+        except SafetensorError as error:
+            raise DataError(f"{shard} is damaged ({error}): bring it again") from None
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import hub_content
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import chat_tokenizer, weights
@@ -151,13 +152,128 @@ def test_safetensors_are_taken_where_there_are_some(tmp_path):
         (["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"], ["model.safetensors"]),
         (
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", weights.INDEX, "x.bin"],
-            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", weights.INDEX],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ),
+        (["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"], ["pytorch_model.bin"]),
         (["rust_model.ot"], []),
     ],
 )
 def test_one_set_of_weights_is_chosen(names, chosen):
     assert weights.choose(names) == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model-00001-of-00003.safetensors"], "lack model-00002-of-00003.safetensors, model-00003"),
+        (["pytorch_model-00002-of-00002.bin"], "lack pytorch_model-00001-of-00002.bin, and have"),
+        (["model-00001-of-00002.safetensors", "model-00001-of-00001.safetensors"], "shards of two sets"),
+    ],
+)
+def test_a_set_with_gaps_is_refused_before_it_is_downloaded(names, said):
+    with pytest.raises(UserError, match=said):
+        weights.choose(names)
+
+
+def safe(tmp_path, size="30KB"):
+    """Publish an OPT as sharded safetensors; return its directory and the model."""
+    made = hub_content.opt(tmp_path / "hub")
+    (tmp_path / "hub/pytorch_model.bin").unlink()
+    made.save_pretrained(tmp_path / "hub", max_shard_size=size)
+    return tmp_path / "hub", made
+
+
+def test_shards_of_safetensors_without_an_index_get_one(tmp_path):
+    source, made = safe(tmp_path)
+    (source / weights.INDEX).unlink()
+    out = bring(source, tmp_path)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded.get_input_embeddings().weight, made.get_input_embeddings().weight)
+
+
+def reconfigured(source, **fields):
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def rewritten(source, change):
+    """Change the tensors of a model's safetensors."""
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda s: reconfigured(s, ffn_dim=128), r"has shape \[64.*config.json says \[128"),
+        (lambda s: rewritten(s, lambda t: t.pop("model.decoder.layers.1.fc1.weight")), "lacks model.decoder"),
+        (lambda s: rewritten(s, lambda t: t.update(extra=torch.zeros(1))), "has extra, of which config.json"),
+        (
+            lambda s: rewritten(s, lambda t: t.update({"lm_head.weight": t[EMBED] + 1})),
+            "ties lm_head.weight to .* the checkpoint's differ",
+        ),
+        (lambda s: (s / "model.safetensors").write_bytes(b"cut"), "model.safetensors is damaged"),
+    ],
+)
+def test_safetensors_that_do_not_fit_their_configuration_are_refused(tmp_path, damage, said):
+    source, _ = safe(tmp_path, "1GB")
+    damage(source)
+    with pytest.raises(DataError, match=said):
+        bring(source, tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    source, _ = safe(tmp_path)
+    first, second, *_ = sorted(source.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"00001-of-\d+.safetensors and model-00002.* both hold model"):
+        bring(source, tmp_path)
+
+
+def test_of_a_whole_pickle_and_shards_beside_it_one_set_is_taken_with_a_line(tmp_path, caplog):
+    made = hub_content.opt(tmp_path / "hub")
+    hub_content.opt(tmp_path / "other", shards=2, seed=5)
+    for path in (tmp_path / "other").glob("*-of-*.bin"):
+        shutil.copy(path, tmp_path / "hub")
+    out = bring(tmp_path / "hub", tmp_path)
+    assert [p.name for p in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(load_file(out / "model.safetensors")[EMBED], made.get_input_embeddings().weight)
+    assert "pytorch_model.bin is taken, the shards beside it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda s: reconfigured(s, model_type="newest"), "newest"),
+        (
+            lambda s: reconfigured(s, model_type="newest", auto_map={"AutoConfig": "x.Y"}),
+            "own code is not run",
+        ),
+        (lambda s: reconfigured(s, model_type="t5"), "choose a causal language model"),
+        (lambda s: (s / "config.json").write_text("{"), "bring it again if it is damaged"),
+        (lambda s: (s / "config.json").unlink(), "config.json cannot be used"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_told_in_one_line(tmp_path, damage, said):
+    hub_content.opt(tmp_path / "hub")
+    damage(tmp_path / "hub")
+    for bring_it in (bring, lambda source, place: chat_tokenizer.bring(source, place / "out")):
+        if said == "choose a causal language model" and bring_it is not bring:
+            continue
+        with pytest.raises(DataError, match=said) as caught:
+            bring_it(tmp_path / "hub", tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path):
+    hub_content.opt(tmp_path / "hub")
+    (tmp_path / "hub/tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"the tokenizer in .* cannot be read"):
+        chat_tokenizer.bring(tmp_path / "hub", tmp_path / "out")
 
 
 def test_opts_tokenizer_gets_a_template_and_its_bos_stands_once(tmp_path):
