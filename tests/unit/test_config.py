@@ -268,6 +268,20 @@ def test_a_dataset_that_cannot_be_read_is_told(entry, said):
         config.load(yaml.safe_load(FILE.read_text()) | {"scenarios": {"a": {"sft": {"datasets": [entry]}}}})
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("a/b", "a: sft.datasets.0 = 'a/b' (from scenarios.a): the columns of a/b are not known"),
+        (
+            {"name": "a/b", "columns": {"prompt": "p", "respons": "r"}},
+            "a: sft.datasets.0.columns.respons = 'r' (from scenarios.a): no such field; did you mean response?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_list_is_the_scenario_s_own(entry, said):
+    assert the_mistake(a={"sft": {"datasets": [entry]}}).startswith(said)
+
+
 def test_a_dataset_stands_once_in_a_list():
     assert "builtin/chitchat stands here more than once" in the_mistake(
         a={"sft": {"datasets": ["builtin/chitchat", {"name": "builtin/chitchat", "split": "test"}]}}
