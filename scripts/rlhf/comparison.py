@@ -35,7 +35,8 @@ def compare(
     rows: list[dict[str, Any]] = [{"prompt": tokenizer.decode(p, skip_special_tokens=True)} for p in chosen]
     for when, model in (("before", reference), ("after", actor)):
         for part in micro_batches(len(chosen), BATCH):
-            made = reply(model, chosen[part], sampling, config.seed, EVALUATION, part.start)
+            numbers = range(len(chosen))[part]
+            made = reply(model, chosen[part], sampling, config.seed, EVALUATION, numbers)
             texts = tokenizer.batch_decode(made.responses, skip_special_tokens=True)
             scored = _scores(reward, made)
             kl = _kl(model, reference, made, config.temperature or 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf import engine, lora, order, parallel
+from rlhf import engine, lora, order, packing, parallel
 from rlhf.batch import plan_batch, training_steps
 from rlhf.config import Training
 from rlhf.metrics import Metrics, Values, significant
@@ -53,6 +53,8 @@ def train(
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     if config.lora:
         lora.add(model, config.lora, seed)
+    if run.packing:
+        packing.choose(model, config.dtype)
     trained = engine.initialise(model, config.optimizer, config.lora, batch, config.dtype, steps, run)
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})

@@ -176,11 +176,15 @@ def launch(
         sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--gpus", str(gpus), "--log", str(log),
         __file__, str(path / "cases.json"),
     ]  # fmt: skip
-    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    run = subprocess.run(command, env=environment(), stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == 0, log.read_text()[-6000:]
     return out
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which a process finds the library."""
+    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def save(model, path: Path) -> None:
