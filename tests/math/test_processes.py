@@ -1,7 +1,8 @@
 """What training gives does not depend on how it is cut up: over processes, ZeRO stages, micro-batches.
 
 Tolerances: losses and gradient norms of single steps agree to 1e-4 (fp32, sums in another order),
-weights after ten steps to 2e-3 in total, since Adam divides small gradients by their own size.
+weights after ten steps to 2e-3 in total, since Adam divides small gradients by their own size. With LoRA
+that shows in the second iteration of PPO already, whose gradient norms agree to 1e-3: adapters begin at 0.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def test_every_step_is_the_same_over_processes_and_zero_stages(made, stage, zero
 
 @pytest.mark.parametrize(("name", "reference"), [(name, of) for name, (_, of) in SAME.items()])
 def test_every_step_is_the_same_over_micro_batches_packing_checkpointing_and_offload(made, name, reference):
-    assert_equal_trainings(made[1, reference], made[2, name])
+    assert_equal_trainings(made[1, reference], made[2, name], rel=1e-3 if "lora-rlhf" in name else 1e-4)
 
 
 @pytest.mark.parametrize("zero", ZERO)
