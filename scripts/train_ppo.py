@@ -53,6 +53,7 @@ def main() -> None:
                 title = f"RLHF actor, mean of its weights (decay {ema.decay})"
                 save(four.actor, "actor_ema", title, "AutoModelForCausalLM")
         metrics.finish(draft.path)
+    parallel.leave()
 
 
 def _load(actor: Path, scorer: Path, config: Rlhf) -> ppo.Models:

@@ -94,7 +94,9 @@ class Run(Section):
     micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
     threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
     save_steps: Int = Field(ge=1, description="steps between saved training states")
-    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
+    log_steps: Int = Field(
+        ge=1, description="steps (step 3: iterations) between updates of the progress bar's figures"
+    )
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
     runtime: Int = Field(ge=1, description="limit in minutes")

@@ -41,6 +41,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leave the other processes at the end of a script: threads that go on until exit may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def own(items: Sequence[Item]) -> Sequence[Item]:
     """Return this process's items: every `world_size`-th one, so that sorted ones are spread evenly."""
     return items[rank() :: world_size()]
@@ -72,6 +78,15 @@ def rows(x: Tensor) -> Tensor:
     received = [torch.empty_like(sent) for _ in range(world_size())]
     dist.all_gather(received, sent.contiguous())
     return torch.cat(received).to(x.dtype)
+
+
+def gathered(items: list[Item]) -> list[Item]:
+    """Return the items of every process, in the order of ranks; small picklable ones."""
+    if world_size() == 1:
+        return items
+    received: list[Any] = [None] * world_size()
+    dist.all_gather_object(received, items)
+    return [item for part in received for item in part]
 
 
 def told(value: Item) -> Item:

@@ -126,6 +126,14 @@ def test_how_a_stage_runs_is_in_no_name(stage, field):
     assert changed({stage: {"run": run}}, {"actor": {"model": "builtin/opt-2x64-bpe1024"}}) == set()
 
 
+def test_a_comparison_is_run_by_what_its_script_reads():
+    """How the comparison is run is what a training of step 3 could be run as."""
+    made = plan(config.load(TREE), code, fingerprint)
+    for artefact in made.artefacts.values():
+        if artefact.stage == "eval":
+            config.RlhfRun.model_validate_json(artefact.run.model_dump_json())
+
+
 def test_every_value_but_run_is_in_a_name():
     """A field that a later version adds cannot be forgotten."""
     optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 0.1, "max_grad_norm": 3, "schedule": "linear",
