@@ -343,6 +343,30 @@ def test_what_is_offloaded_must_be_shared_out(what, zero, least):
     assert f"offload of {what} needs zero_stage {least} or more, not {zero}" in said
 
 
+FOUR = {"processes": 4, "zero_stage": 3, "micro_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({**FOUR, "zero_stage": 2, "inference_tp_size": 2}, "inference_tp_size 2 needs zero_stage 3, not 2"),
+        ({**FOUR, "inference_tp_size": 3}, "3 does not divide the 4 processes of a node, among which copies are"
+                                           " shared: choose one of 1, 2, 4"),
+        ({**FOUR, "nodes": 2, "inference_tp_size": 4}, "4 does not divide the 2 processes of a node"),
+        ({**FOUR, "inference_tp_size": 2}, "inference_tp_size = 2 does not divide the 3 heads of builtin/opt-3x96"),
+    ],
+)  # fmt: skip
+def test_copies_of_the_actor_are_shared_evenly_within_a_node(run, said):
+    assert said in the_mistake(a={"rlhf": {"run": run}})
+
+
+def test_four_gpus_share_a_copy_of_the_largest_actor():
+    made = config.load(yaml.safe_load(FILE.read_text()))
+    sizes = {name: s.rlhf.run.inference_tp_size for name, s in made.scenarios.items()}
+    assert sizes["multi-node"] == 4
+    assert set(sizes.values()) == {1, 4}
+
+
 def test_the_reference_is_offloaded_in_step_3_alone():
     assert "reference" in the_mistake(a={"sft": {"run": {"offload": ["reference"]}}})
     config.load(written(a={"rlhf": {"run": {"offload": ["reference"]}}}))
