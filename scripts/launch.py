@@ -1,9 +1,9 @@
 """Start a script as one process of every slot of every node, and write its logs.
 
-The one place that knows torchrun (with `run_processes.py`, which it starts) and the environment variables of nodes. Where a launcher has set
-LOCAL_RANK already the script is simply run. Rank 0's output goes to the terminal and to `--log`;
-with several processes every other rank's goes to a file below `{log}.ranks`. On nodes but the first
-the log's name ends in the node's number.
+The one place that knows torchrun (with `run_processes.py`, which it starts) and the environment
+variables of nodes. Where a launcher has set LOCAL_RANK already the script is simply run. Rank 0's output
+goes to the terminal and to `--log`; with several processes every other rank's goes to a file below
+`{log}.ranks`. On nodes but the first the log's name ends in the node's number.
 
     python scripts/launch.py --processes 2 --log logs/x.log scripts/train_sft.py --spec ...
 """

@@ -1,7 +1,7 @@
 """Small trainings in one launch of processes: `launch.py --processes N trainings.py CASES.json`.
 
 Each case names a stage and what differs from `base`; its metrics and its model go to a directory of
-its name. Not a test: `test_cuts.py` and `tests/gpu` compare what comes out.
+its name. Not a test: `test_processes.py`, `test_families.py` and `tests/gpu` compare what comes out.
 """
 
 from __future__ import annotations
