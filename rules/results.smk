@@ -9,7 +9,7 @@ rule eval:
         "benchmarks/eval/{name}.tsv"
     conda:
         "../envs/training.yaml"
-    threads: run_value("store/eval/{name}", "threads")
+    threads: run_value("store/eval/{name}", "cores")
     resources:
         nodes=run_value("store/eval/{name}", "nodes"),
         gpus=run_value("store/eval/{name}", "gpus"),

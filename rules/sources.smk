@@ -7,6 +7,10 @@ rule model:
         "benchmarks/models/{org}/{name}@{revision}.tsv"
     conda:
         "../envs/training.yaml"
+    resources:
+        # Of a model that is converted one file of weights is in memory: 10 GB at most on the Hub.
+        mem_mb=lambda wildcards: 2000 if wildcards.org == "builtin" else 24000,
+        runtime=2880,
     params:
         launch=script("launch.py"),
         script=planned_script("models/{org}/{name}@{revision}"),
@@ -28,6 +32,9 @@ rule dataset:
         "benchmarks/datasets/{org}/{name}@{revision}.tsv"
     conda:
         "../envs/training.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=1440,
     params:
         launch=script("launch.py"),
         script=planned_script("datasets/{org}/{name}@{revision}"),
@@ -51,6 +58,9 @@ rule data:
         "benchmarks/data/{name}.tsv"
     conda:
         "../envs/training.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=1440,
     params:
         launch=script("launch.py"),
         script=script("prepare_data.py"),

@@ -1,9 +1,9 @@
 """Start a script as one process of every slot of every node, and write its logs.
 
-The one place that knows torchrun and the environment variables of nodes. Where a launcher has set
-LOCAL_RANK already the script is simply run. Rank 0's output goes to the terminal and to `--log`;
-with several processes every other rank's goes to a file below `{log}.ranks`. On nodes but the first
-the log's name ends in the node's number.
+The one place that knows torchrun (with `run_processes.py`, which it starts) and the environment
+variables of nodes. Where a launcher has set LOCAL_RANK already the script is simply run. Rank 0's output
+goes to the terminal and to `--log`; with several processes every other rank's goes to a file below
+`{log}.ranks`. On nodes but the first the log's name ends in the node's number.
 
     python scripts/launch.py --processes 2 --log logs/x.log scripts/train_sft.py --spec ...
 """
@@ -101,7 +101,7 @@ def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
     port = os.environ.get("MASTER_PORT") or (str(_free_port()) if nodes == 1 else "29500")
     quiet = ",".join(f"{rank}:3" for rank in range(1, processes))
     return [
-        sys.executable, "-m", "torch.distributed.run",
+        sys.executable, str(Path(__file__).with_name("run_processes.py")),
         "--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(processes),
         "--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1"), "--master-port", port,
         "--log-dir", f"{log}.ranks", *(["--redirects", quiet] if quiet else []),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf import card, engine, models, parallel, ppo, stage
+from transformers import AutoConfig
+
+from rlhf import card, engine, families, models, parallel, ppo, stage
 from rlhf.config import Rlhf
 from rlhf.errors import DataError, run_main
 from rlhf.generation import Sampling
@@ -23,6 +25,8 @@ def main() -> None:
             f"actor and reward model have different tokenizers ({actor}: {len(tokenizer)} tokens,"
             f" {scorer}: {len(other)}): the reward model would read other words than were written"
         )
+    if config.run.inference_tp_size > 1:
+        families.refuse_uneven(AutoConfig.from_pretrained(actor), config.run.inference_tp_size)
     four = _load(actor, scorer, config)
     sampling = Sampling(
         config.max_new_tokens, config.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -49,6 +53,7 @@ def main() -> None:
                 title = f"RLHF actor, mean of its weights (decay {ema.decay})"
                 save(four.actor, "actor_ema", title, "AutoModelForCausalLM")
         metrics.finish(draft.path)
+    parallel.leave()
 
 
 def _load(actor: Path, scorer: Path, config: Rlhf) -> ppo.Models:

@@ -30,6 +30,7 @@ def main() -> None:
         if config.lora and config.lora.only:
             models.save_adapter(model, config.lora, str(args.parents["model"]), draft.path / "adapter")
         metrics.finish(draft.path)
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +63,14 @@ def empty(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The pipeline after `smoke`; $SMOKE_VOLUME keeps the volume between test runs."""
-    kept = os.environ.get("SMOKE_VOLUME")
-    volume = Path(kept) if kept else tmp_path_factory.mktemp("smoke")
-    volume.mkdir(exist_ok=True, parents=True)
-    pipeline = Pipeline(volume)
-    names = ["sft/actor", "reward/model", "rlhf/actor", "rlhf/critic", "rlhf/eval", "rlhf/curves.png"]
-    pipeline.snakemake(*(f"results/smoke/{name}" for name in names))
-    return pipeline
+    """The pipeline after `smoke`; test processes that run side by side make it once, and copy it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-made"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "done").exists():
+            shared.mkdir()
+            names = ["sft/actor", "reward/model", "rlhf/actor", "rlhf/critic", "rlhf/eval", "rlhf/curves.png"]
+            Pipeline(shared).snakemake(*(f"results/smoke/{name}" for name in names))
+            (shared / "done").touch()
+    return Pipeline(shutil.copytree(shared, base / "smoke", symlinks=True))

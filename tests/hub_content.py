@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -81,7 +82,7 @@ def _trained_bpe() -> dict[str, str]:
 
 
 def _conversations(start: int, count: int) -> list[dict]:
-    return list(islice(pairs(), start, start + count))
+    return list(islice(pairs(Counter()), start, start + count))
 
 
 def rm_static(path: Path, rows: int = 600) -> None:

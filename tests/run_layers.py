@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 OPTIONS = {
     "k8s": ["-p", "no:randomly"],  # one cluster, whose faults have an order
-    "e2e": ["--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadgroup"],
+    "e2e": ["--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile"],
 }
 
 

@@ -85,7 +85,7 @@ def normalised(text: str) -> str:
 def _turns(value: Any, dialogue: bool) -> Turns:
     """Return a prompt's turns: of messages, of text with Human: and Assistant:, or of plain text."""
     if isinstance(value, list):
-        speakers = [(message["role"], str(message["content"])) for message in value]
+        speakers = [_message(message) for message in value]
         if speakers and speakers[0][0] == "system":
             raise Unusable("a system message, which is not supported")
         turns = _alternating(speakers, "user", "assistant")
@@ -96,6 +96,15 @@ def _turns(value: Any, dialogue: bool) -> Turns:
     if not all(turns):
         raise Unusable("an empty turn")
     return turns
+
+
+def _message(value: Any) -> tuple[str, str]:
+    """Return a message's role and text."""
+    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
+        raise Unusable("a message without role and content")
+    if not isinstance(value["content"], str):
+        raise Unusable("a message without text")
+    return str(value["role"]), value["content"].strip()
 
 
 def _dialogue(text: str) -> Turns:
@@ -119,7 +128,7 @@ def _alternating(speakers: list[tuple[str, str]], first: str, second: str) -> Tu
 def _reply(value: Any) -> str:
     """Return a reply's text; of messages, the last one's."""
     if isinstance(value, list) and value:
-        value = value[-1]["content"]
+        _, value = _message(value[-1])
     if not isinstance(value, str) or not value.strip():
         raise Unusable("an empty reply")
     return value.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import models
-from rlhf.config import Eval
+from rlhf import models, parallel
+from rlhf.config import Eval, RlhfRun
+from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
-from rlhf.rollout import EVALUATION, micro_batches, reply
+from rlhf.rollout import EVALUATION, sample
 from rlhf.rows import Rows
+from rlhf.sharding import generator
 
-BATCH = 64
 SHOWN = 12  # prompts in the table
 LEGEND = """\
 before: SFT; after: RLHF. score: the reward model's; judged: by the judge of the configuration (VADER's
@@ -28,43 +30,51 @@ after weighted to the word counts before. KL: log pi - log SFT, summed over a re
 
 
 def compare(
-    actor: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, data: Path, config: Eval
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return one row per prompt, and the summary. Both models get the same noise."""
-    prompts = Rows(data / "eval")
-    chosen = [prompts[i][0] for i in range(min(config.prompts, len(prompts)))]
-    judge = JUDGES[config.judge] if config.judge else None
+    actor: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, data: Path, config: Eval,
+    run: RlhfRun,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:  # fmt: skip
+    """Return one row per prompt, and the summary, in every process. Both models get the same noise.
+
+    The models are engines or `engine.Root`s. Each process answers a part of the prompts; the last prompt
+    is answered again, and not counted, until all parts are equal.
+    """
+    prompts, processes = Rows(data / "eval"), parallel.world_size()
+    count = min(config.prompts, len(prompts))
+    asked = [prompts[min(i, count - 1)][0] for i in range(math.ceil(count / processes) * processes)]
     sampling = Sampling(
         config.max_new_tokens, config.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
     )
-    rows: list[dict[str, Any]] = [{"prompt": tokenizer.decode(p, skip_special_tokens=True)} for p in chosen]
+    rows: list[dict[str, Any]] = [
+        {"prompt": tokenizer.decode(p, skip_special_tokens=True)} for p in asked[:count]
+    ]
     for when, model in (("before", reference), ("after", actor)):
-        for part in micro_batches(len(chosen), BATCH):
-            made = reply(model, chosen[part], sampling, config.seed, EVALUATION, part.start)
-            texts = tokenizer.batch_decode(made.responses, skip_special_tokens=True)
-            scored = _scores(reward, made)
-            kl = _kl(model, reference, made, config.temperature or 1.0)
-            for row, text, score, nats in zip(rows[part], texts, scored, kl, strict=True):
-                row[when] = {"reply": text, "score": score, "kl": nats, "words": len(text.split())}
-                if judge:
-                    row[when]["judged"] = judge(text)
+        copy = generator(bare(model), parallel.group(run.inference_tp_size))
+        made = list(sample(copy, asked, sampling, config.seed, EVALUATION, 0, run))
+        del copy
+        mine = [row for part in made for row in _looked_at(part, model, reference, reward, tokenizer, config)]
+        for row, seen in zip(rows, parallel.gathered(mine)[:count], strict=True):
+            row[when] = seen
     return rows, summary(rows)
 
 
-def _scores(reward: Any, made: Generated) -> list[float]:
+def _looked_at(
+    made: Generated, model: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, config: Eval
+) -> list[dict[str, Any]]:
+    """Return what there is to say of each reply of `model`."""
+    length, temperature = made.response_mask.shape[1], config.temperature or 1.0
     with torch.no_grad():
-        return [float(s) for s in models.scores(reward, made.batch)]
-
-
-def _kl(model: Any, reference: Any, made: Generated, temperature: float) -> list[float]:
-    """Return log pi - log ref of each reply, summed over its tokens (nats)."""
-    length = made.response_mask.shape[1]
-    with models.evaluating(model):
-        both = [
-            models.token_logprobs(models.response_logits(m, made.batch, length, temperature), made.responses)
-            for m in (model, reference)
-        ]
-    return [float(x) for x in ((both[0] - both[1]) * made.response_mask).sum(-1)]
+        scored = reward(models.scores, made.batch).tolist()
+        own, theirs = (
+            m(models.response_logprobs, made.batch, length, temperature) for m in (model, reference)
+        )
+    kl = ((own - theirs) * made.response_mask).sum(-1).tolist()  # log pi - log ref of a reply, in nats
+    texts = tokenizer.batch_decode(made.responses, skip_special_tokens=True)
+    rows = [
+        {"reply": text, "score": score, "kl": nats, "words": len(text.split())}
+        for text, score, nats in zip(texts, scored, kl, strict=True)
+    ]
+    judge = JUDGES[config.judge] if config.judge else None
+    return [{**row, "judged": judge(row["reply"])} for row in rows] if judge else rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

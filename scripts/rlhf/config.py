@@ -296,7 +296,7 @@ class Scenario(Section):
             for field, (size, run) in wholes.items()
             if size % (part := run.micro_batch_size * run.processes)
         ]
-        wrong += _too_long(self)
+        wrong += _too_long(self) + _uneven_heads(self)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -315,6 +315,17 @@ def _too_long(scenario: Scenario) -> list[str]:
         f"{what} = {length} is more than the {catalog.POSITIONS} positions of {model}"
         for (what, model), length in lengths.items()
         if catalog.kind(model) == "builtin" and length > catalog.POSITIONS
+    ]
+
+
+def _uneven_heads(scenario: Scenario) -> list[str]:
+    """Return whether a built-in actor's heads cannot be shared out, in words; others' are seen when it starts."""
+    size, shape = scenario.rlhf.run.inference_tp_size, catalog.OPT_SHAPE.fullmatch(scenario.actor.model)
+    heads = int(shape["hidden"]) // catalog.HEAD_SIZE if shape else size
+    if heads % size == 0:
+        return []
+    return [
+        f"rlhf.run.inference_tp_size = {size} does not divide the {heads} heads of {scenario.actor.model}"
     ]
 
 

@@ -94,7 +94,9 @@ class Run(Section):
     micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
     threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
     save_steps: Int = Field(ge=1, description="steps between saved training states")
-    log_steps: Int = Field(ge=1, description="steps between updates of the progress bar's figures")
+    log_steps: Int = Field(
+        ge=1, description="steps (step 3: iterations) between updates of the progress bar's figures"
+    )
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
     runtime: Int = Field(ge=1, description="limit in minutes")
@@ -147,6 +149,25 @@ class RlhfRun(Run):
     """How step 3 runs."""
 
     generation_batch_size: Int = Field(ge=1, description="replies that a process samples at a time")
+    inference_tp_size: Int = Field(
+        ge=1, description="processes that share one copy of the actor to sample; 1: a copy each"
+    )
     offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
         description="what lies in CPU memory"
     )
+
+    @model_validator(mode="after")
+    def _copies_are_shared_within_a_node(self) -> RlhfRun:
+        size, per_node = self.inference_tp_size, self.processes // self.nodes
+        if size > 1 and self.zero_stage < 3:
+            raise ValueError(
+                f"inference_tp_size {size} needs zero_stage 3, not {self.zero_stage}: below it every process"
+                " has the whole actor in any case; choose 1"
+            )
+        if per_node % size:
+            fits = ", ".join(str(n) for n in range(1, per_node + 1) if per_node % n == 0)
+            raise ValueError(
+                f"inference_tp_size {size} does not divide the {per_node} processes of a node, among which"
+                f" copies are shared: choose one of {fits}"
+            )
+        return self

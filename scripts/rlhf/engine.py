@@ -88,6 +88,12 @@ def _without_compiler() -> None:
     deepspeed.ops.__compatible_ops__[name] = False
 
 
+def stored_dtype(path: Path) -> str:
+    """Return the dtype that a model was saved in, by our name."""
+    stored = AutoConfig.from_pretrained(path).dtype
+    return next(name for name, dtype in DTYPES.items() if dtype == stored)
+
+
 @contextmanager
 def loading(path: Path, dtype: str, *, sharded: bool, offloads: bool = False) -> Iterator[None]:
     """Load models within this: if `sharded`, every process keeps its shard only, as weights come in."""

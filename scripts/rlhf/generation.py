@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from rlhf.models import evaluating
+from rlhf.parallel import Group, agreed, group
 from rlhf.tokens import Padded
 
 
@@ -42,6 +43,11 @@ class Generated:
         """(B, A) int64 tokens of the replies; the pad id after their end."""
         return self.batch.ids[:, -self.response_mask.shape[1] :]
 
+    def rows(self, chosen: slice) -> Generated:
+        """Return some of them, as wide as all."""
+        batch = Padded(self.batch.ids[chosen], self.batch.mask[chosen])
+        return Generated(batch, self.response_mask[chosen], self.ended[chosen])
+
 
 def uniforms(seed: int, purpose: int, samples: Any, length: int) -> Tensor:
     """Return (B, length) float64 in [0, 1): a sample's row depends on its number alone.
@@ -54,13 +60,17 @@ def uniforms(seed: int, purpose: int, samples: Any, length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def generate(model: Any, prompts: Padded, sampling: Sampling, noise: Tensor) -> Generated:
+def generate(
+    model: Any, prompts: Padded, sampling: Sampling, noise: Tensor, together: Group | None = None
+) -> Generated:
     """Reply to left-padded prompts.
 
     Args:
         prompts: (B, P), padded on the left.
         noise: (B, max_new_tokens) from `uniforms`; not looked at when greedy.
+        together: the processes that have a part of the model each; all pass the same prompts and noise.
     """
+    together = together or group(1)
     size, width = prompts.ids.shape
     length = sampling.max_new_tokens
     ids = prompts.ids.new_full((size, width + length), sampling.pad_id)
@@ -79,7 +89,8 @@ def generate(model: Any, prompts: Padded, sampling: Sampling, noise: Tensor) -> 
                 past_key_values=cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             token = draw(output.logits[:, -1], sampling.temperature, noise[:, step])
-            token = torch.where(running, token, sampling.pad_id)
+            # Parts that go on from different tokens would be of no model: one process decides.
+            token = agreed(torch.where(running, token, sampling.pad_id), together)
             ids[:, width + step], response_mask[:, step] = token, running
             running = running & (token != sampling.eos_id)
             if not running.any():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,7 +71,8 @@ def mistakes(kind: type[BaseModel], name: str, merged: Tree, chain: Layers) -> l
     except ValidationError as error:
         found = error.errors()
         found += _beyond(kind, merged, chain, found)
-        deeper = {e["loc"][:-1] for e in found}  # a list is called too short where its items are wrong
+        # A list is called too short where its items are wrong.
+        deeper = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
         told = (e for e in found if not (e["type"] == "too_short" and e["loc"] in deeper))
         return [_sentence(kind, name, e, chain) for e in told]
     return []
@@ -144,23 +145,26 @@ def _origin(loc: Location, chain: Layers) -> str:
     for origin, layer in reversed(chain):
         node: Any = layer
         for part in loc:
-            if not (isinstance(node, dict) and part in node):
+            if not isinstance(node, dict):  # a list, or a section set to null: nothing below is inherited
+                return origin
+            if part not in node:
                 break
             node = node[part]
         else:
-            return origin
-        if node is None:  # a section that was set to null above `loc`
             return origin
     return "defaults"
 
 
 def _section_of(section: type[BaseModel], loc: Location) -> type[BaseModel] | None:
     for part in loc:
+        if isinstance(part, int):  # an item of a list, whose section we are in
+            continue
         field = section.model_fields.get(str(part))
-        kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not sections:
             return None
-        section = kind
+        section = sections[0]
     return section
 
 

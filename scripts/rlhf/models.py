@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rlhf import families, lora, parallel, sharding
+from rlhf import families, lora, packing, parallel, sharding
 from rlhf.config import Lora
 from rlhf.errors import DataError, UserError
 from rlhf.tokens import Packed, Padded
@@ -85,14 +85,18 @@ def _load(kind: Any, path: Path, dtype: torch.dtype, allowed: set[str], **option
     return model
 
 
-def hidden_inputs(batch: Padded | Packed) -> dict[str, Tensor]:
+def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:
     """Return a model's inputs; positions count a sequence's own tokens, whatever lies beside it."""
-    return {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+    inputs = {"input_ids": batch.ids, "position_ids": batch.positions}
+    if isinstance(batch, Packed) and packing.by_kernel(model):
+        ends = {f"cu_seq_lens_{side}": batch.boundaries for side in "qk"}
+        return {**inputs, **ends, "max_length_q": batch.longest, "max_length_k": batch.longest}
+    return {**inputs, "attention_mask": batch.attention}
 
 
-def response_logits(model: nn.Module, batch: Padded, length: int, temperature: float = 1.0) -> Tensor:
+def response_logits(model: Any, batch: Padded, length: int, temperature: float = 1.0) -> Tensor:
     """Return (B, A, V) float32: logits that predict the last `length` tokens, over temperature."""
-    logits = model(**hidden_inputs(batch), use_cache=False, logits_to_keep=length + 1).logits
+    logits = model(**hidden_inputs(model, batch), use_cache=False, logits_to_keep=length + 1).logits
     scaled: Tensor = logits[:, :-1].float() / temperature
     return scaled
 
@@ -112,14 +116,14 @@ def masked_logprobs(model: Any, batch: Padded | Packed, labels: Tensor) -> Tenso
 
     The vocabulary is only looked at where it counts: logits of prompts and padding are not made.
     """
-    hidden = model.base_model(**hidden_inputs(batch), use_cache=False).last_hidden_state
+    hidden = model.base_model(**hidden_inputs(model, batch), use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:]]).float()
     return -F.cross_entropy(logits, batch.ids[:, 1:][labels[:, 1:]], reduction="none")
 
 
 def token_values(model: Any, batch: Padded | Packed) -> Tensor:
     """Return (B, T) float32: a scorer's output at every token."""
-    hidden = model.base_model(**hidden_inputs(batch), use_cache=False).last_hidden_state
+    hidden = model.base_model(**hidden_inputs(model, batch), use_cache=False).last_hidden_state
     values: Tensor = model.score(hidden)[..., 0].float()
     return values
 

@@ -6,7 +6,9 @@ Without other processes every function gives back what it was given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,12 @@ def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Leave the other processes at the end of a script: threads that go on until exit may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own(items: Sequence[Item]) -> Sequence[Item]:
@@ -72,6 +80,15 @@ def rows(x: Tensor) -> Tensor:
     return torch.cat(received).to(x.dtype)
 
 
+def gathered(items: list[Item]) -> list[Item]:
+    """Return the items of every process, in the order of ranks; small picklable ones."""
+    if world_size() == 1:
+        return items
+    received: list[Any] = [None] * world_size()
+    dist.all_gather_object(received, items)
+    return [item for part in received for item in part]
+
+
 def told(value: Item) -> Item:
     """Return rank 0's value; any small picklable one."""
     if world_size() == 1:
@@ -79,3 +96,44 @@ def told(value: Item) -> Item:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes of consecutive ranks that do one thing together."""
+
+    ranks: range
+    handle: Any  # torch's; None where there is one process
+
+    @property
+    def size(self) -> int:
+        """Number of its processes."""
+        return len(self.ranks)
+
+    @property
+    def place(self) -> int:
+        """This process's number among them, from 0."""
+        return self.ranks.index(rank())
+
+
+@cache
+def group(size: int) -> Group:
+    """Return the group of `size` processes that this one belongs to; all processes call it together."""
+    first = rank() // size * size
+    handle = dist.new_subgroups(size)[0] if size > 1 else None
+    return Group(range(first, first + size), handle)
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """Return `x` summed over a group, in place: the same bits in each of its processes."""
+    if group.size > 1:
+        dist.all_reduce(x, group=group.handle)
+    return x
+
+
+def agreed(x: Tensor, group: Group) -> Tensor:
+    """Return what the first process of a group has."""
+    if group.size > 1:
+        x = x.contiguous()
+        dist.broadcast(x, group_src=0, group=group.handle)
+    return x

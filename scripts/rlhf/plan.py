@@ -129,7 +129,7 @@ class _Builder:
             "eval",
             s.eval.model_dump(mode="json"),
             {**both, "rlhf": rlhf, "data": prompts},
-            s.rlhf.run.model_copy(update={"processes": 1, "zero_stage": 0, "offload": ()}),
+            s.rlhf.run,
             f"replies of {s.actor.model} before and after RLHF",
         )
         optional = {

@@ -83,7 +83,7 @@ def train(
     done = found[0] if found else 0
     control = Controller(**found[1]) if found else _calibrate(models, config, sampling, seed, prompts)
     metrics, health = Metrics(work, board, done), Health()
-    bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
+    bar = progress(range(done, iterations), "step 3, PPO", unit="iteration", start=done, total=iterations)
     for iteration in bar:
         # 1. Replies to the next prompts, and what all models say of them.
         first = iteration * config.rollout_batch_size
@@ -103,7 +103,8 @@ def train(
         metrics.log(iteration + 1, values)
         if rank() == 0:
             health.look(iteration + 1, values)
-        bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
+        if (iteration + 1) % run.log_steps == 0:
+            bar.set_postfix({n: f"{values[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(control))
     return _summary(metrics.path, iterations) if rank() == 0 else {}, metrics, learner.ema

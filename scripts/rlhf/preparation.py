@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def prepare(config: dict[str, Any], tokenizer_path: Path, datasets: dict[str, Pa
                 counts[split] += 1
             card["datasets"][name] = dict(sorted(counts.items()))
     for split in ("train", EVAL):
-        card["splits"][split] = _statistics(Rows(out / split))
+        card["splits"][split] = _statistics(Rows(out / split), parts)
         if not card["splits"][split]["rows"]:
             raise DataError(f"no {split} row for phase {phase}: {card['datasets']}")
     store.write_json(out / "card.json", card)
@@ -96,9 +96,13 @@ def _tokenised(
             yield split, parts
 
 
-def _statistics(rows: Rows) -> dict[str, Any]:
-    lengths = rows.tokens_per_row
+def _statistics(rows: Rows, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the counts of a split: rows, tokens, and the mean and longest of each part, in tokens."""
+    lengths = rows.tokens_per_part
     if not len(lengths):
         return {"rows": 0, "tokens": 0}
-    mean = round(float(lengths.mean()), 2)
-    return {"rows": len(rows), "tokens": int(lengths.sum()), "mean": mean, "longest": int(lengths.max())}
+    each = {
+        part: {"mean": round(float(column.mean()), 2), "longest": int(column.max())}
+        for part, column in zip(parts, lengths.T, strict=True)
+    }
+    return {"rows": len(rows), "tokens": int(lengths.sum()), **each}

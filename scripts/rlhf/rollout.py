@@ -21,6 +21,7 @@ from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling, generate, uniforms
 from rlhf.lora import off
 from rlhf.models import evaluating, response_logprobs, scores, token_values
+from rlhf.parallel import Group
 from rlhf.sharding import generator
 from rlhf.tokens import Ids, Padded, pad
 
@@ -76,12 +77,36 @@ class Models:
 
 
 def reply(
-    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int
-) -> Generated:
-    """Sample one reply of a bare model to each prompt; sample numbers count on from `first`."""
+    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, numbers: Sequence[int],
+    together: Group | None = None,
+) -> Generated:  # fmt: skip
+    """Sample one reply of a bare model to each prompt, which has a sample number each.
+
+    Args:
+        together: as in `generation.generate`.
+    """
     batch = pad(prompts, sampling.pad_id, side="left").to(parallel.device())
-    numbers = range(first, first + len(prompts))
-    return generate(actor, batch, sampling, uniforms(seed, purpose, numbers, sampling.max_new_tokens))
+    noise = uniforms(seed, purpose, numbers, sampling.max_new_tokens)
+    return generate(actor, batch, sampling, noise, together)
+
+
+def sample(
+    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int, run: RlhfRun
+) -> Iterator[Generated]:
+    """Yield this process's share of the replies to all prompts; a group computes its shares together.
+
+    Args:
+        actor: what `sharding.generator` returned.
+        first: sample number of the first prompt.
+    """
+    share = exact_div(len(prompts), parallel.world_size(), "prompts over processes")
+    group = parallel.group(run.inference_tp_size)
+    for part in micro_batches(share, run.generation_batch_size):
+        places = [rank * share + i for rank in group.ranks for i in range(share)[part]]
+        asked, numbers = [prompts[p] for p in places], [first + p for p in places]
+        made = reply(actor, asked, sampling, seed, purpose, numbers, group)
+        own = exact_div(len(places), group.size, "replies of a group")
+        yield made.rows(slice(group.place * own, (group.place + 1) * own))
 
 
 def roll_out(
@@ -92,13 +117,8 @@ def roll_out(
 
     A reply depends on its sample number, not on the process that draws it.
     """
-    share = exact_div(len(prompts), parallel.world_size(), "prompts over processes")
-    mine = slice(parallel.rank() * share, (parallel.rank() + 1) * share)
-    actor = generator(bare(models.actor))
-    made = [
-        reply(actor, prompts[mine][part], sampling, seed, purpose, first + mine.start + part.start)
-        for part in micro_batches(share, run.generation_batch_size)
-    ]
+    actor = generator(bare(models.actor), parallel.group(run.inference_tp_size))
+    made = list(sample(actor, prompts, sampling, seed, purpose, first, run))
     del actor
     seen = [observe(models, part, sampling.temperature, run.micro_batch_size) for part in made]
     return _joined(seen, sampling.pad_id)

@@ -73,6 +73,11 @@ class Rows(Sequence[list[Ids]]):
         return [self._tokens[end - n : end] for n, end in zip(lengths, ends, strict=True)]
 
     @property
+    def tokens_per_part(self) -> NDArray[np.int64]:
+        """(N, parts) tokens of each part of each row."""
+        return self._lengths
+
+    @property
     def tokens_per_row(self) -> NDArray[np.int64]:
         """(N,) tokens of each row, all parts."""
         return np.asarray(self._lengths.sum(axis=1))

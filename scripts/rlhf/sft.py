@@ -19,7 +19,12 @@ def task(pad_id: int, pack_width: int | None = None) -> Task:
     """Return what step 1 learns, from rows packed to `pack_width` tokens, or padded without it."""
     options = {"pad_id": pad_id, "pack_width": pack_width}
     return Task(
-        _tokens, partial(_loss, **options), ("loss", "tokens"), partial(_measure, **options), _figures
+        "step 1, SFT",
+        _tokens,
+        partial(_loss, **options),
+        ("loss", "tokens"),
+        partial(_measure, **options),
+        _figures,
     )
 
 

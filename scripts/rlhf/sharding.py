@@ -18,7 +18,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf import lora, parallel
+from rlhf import lora, parallel, tensor_parallel
+from rlhf.parallel import Group
 
 SHARD_BYTES = 2 * 10**9  # as much is gathered at a time when a sharded model is saved
 
@@ -42,22 +43,25 @@ def whole(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[No
         yield
 
 
-def generator(model: Any) -> Any:
-    """Return a model that can generate without the other processes: itself, or a gathered copy.
+def generator(model: Any, group: Group) -> Any:
+    """Return a model that can generate without other processes than the group's.
 
-    The copy is filled parameter by parameter, so that at most one is there twice; it goes when the
-    caller lets it go.
+    It is the model itself, or a copy: gathered, of which each process of the group has its part. The
+    copy is filled parameter by parameter, so that at most one is there whole; it goes when the caller
+    lets it go.
     """
     if not is_sharded(model):
         return model
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
+        if group.size > 1:
+            tensor_parallel.cut(made, group)
     made = made.to(dtype=model.dtype).to_empty(device=parallel.device())
     made.tie_weights()
     with torch.no_grad():
         for name, target in made.named_parameters():
             with whole(lora.parts(model, name)):
-                target.copy_(lora.published(model, name))
+                target.copy_(tensor_parallel.part(lora.published(model, name), target.shape, group))
         for ours, theirs in zip(made.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
     return made.eval()

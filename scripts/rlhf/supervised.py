@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf import engine, lora, order, parallel
+from rlhf import engine, lora, order, packing, parallel
 from rlhf.batch import plan_batch, training_steps
 from rlhf.config import Training
 from rlhf.metrics import Metrics, Values, significant
@@ -24,13 +24,14 @@ Batch = Sequence[list[Ids]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned. Functions of a model get a bare one.
+    """What is learned, and what it is called. Functions of a model get a bare one.
 
     `loss(model, rows)` is a sum over `terms(rows)` terms; their mean over a whole batch is trained.
     `measure(model, rows)` returns sums over held-out rows, by the names in `sums`; `figures(sums)`
     makes of all rows' sums what is told.
     """
 
+    name: str
     terms: Callable[[Batch], int]
     loss: Callable[[Any, Batch], Tensor]
     sums: tuple[str, ...]
@@ -53,11 +54,13 @@ def train(
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     if config.lora:
         lora.add(model, config.lora, seed)
+    if run.packing:
+        packing.choose(model, config.dtype)
     trained = engine.initialise(model, config.optimizer, config.lora, batch, config.dtype, steps, run)
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})
     metrics, lengths = Metrics(work, board, done), rows.tokens_per_row
-    for step in (bar := progress(range(done, steps), "training", unit="step", start=done, total=steps)):
+    for step in (bar := progress(range(done, steps), task.name, unit="step", start=done, total=steps)):
         chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, seed)]
         values = _step(task, trained, chosen, batch.micro_batch_size)
         metrics.log(step + 1, values)

@@ -6,7 +6,7 @@ Letters: B batch, N sequences, T tokens of a row, P of a prompt, A of a response
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -57,10 +57,15 @@ class Packed:
     sequences: Tensor  # (B, T) int64: number of the sequence that a token belongs to; -1: padding
     positions: Tensor  # (B, T) int64: place in its sequence
     ends: Tensor  # (N,) int64: place of each sequence's last token when all rows are one
+    boundaries: (
+        Tensor  # (S + 1,) int32: where sequences and runs of padding begin when all rows are one; the end
+    )
+    longest: int  # tokens of the longest of them
 
     def to(self, device: torch.device) -> Packed:
         """Return the same on a device."""
-        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "longest"}
+        return replace(self, **tensors)
 
     @property
     def attention(self) -> Tensor:
@@ -91,7 +96,9 @@ def pack(groups: Sequence[Sequence[Ids]], pad_id: int, width: int) -> Packed:
             ids[r, where], numbers[r, where], positions[r, where] = tokens, number, np.arange(len(tokens))
             start += len(tokens)
             ends[number] = r * longest + start - 1
-    return Packed(*map(torch.from_numpy, (ids, numbers, positions, ends)))
+    boundaries = np.r_[0, np.flatnonzero(np.diff(numbers.ravel())) + 1, ids.size].astype(np.int32)
+    tensors = map(torch.from_numpy, (ids, numbers, positions, ends, boundaries))
+    return Packed(*tensors, longest=int(np.diff(boundaries).max()))
 
 
 def _shared_out(sizes: Sequence[int], width: int) -> list[list[int]]:

@@ -41,7 +41,8 @@ def measure(root: Path, dtype: str, hidden: int, layers: int) -> dict[str, dict[
         where = root / kind.replace(" ", "-")
         where.mkdir()
         changes = {"iterations": 1, "dtype": dtype, **adapters}
-        trainings.launch(where, 1, sources, [{"name": "ppo", "stage": "rlhf", "changes": changes}])
+        cases = [{"name": "ppo", "stage": "rlhf", "changes": changes}]
+        trainings.launch(where, 1, sources, cases, gpus=int(torch.cuda.is_available()))
         found[kind] = json.loads((where / "out/ppo/memory.json").read_text())
     return found
 

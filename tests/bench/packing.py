@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from rlhf import config, engine, parallel, sft, supervised
+from rlhf import config, engine, packing, parallel, sft, supervised
 from rlhf.batch import BatchPlan
 
 SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).parents[1] / "math/trainings.py")
@@ -76,18 +76,22 @@ def main() -> None:
     run = trainings.settings("sft", changes).run
     engine.start(run, args.dtype)
     torch.manual_seed(0)
-    model = OPTForCausalLM(OPTConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, word_embed_proj_dim=args.hidden,
-        ffn_dim=4 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        max_position_embeddings=MAX_TOKENS, dropout=0.0,
-    )).to(engine.DTYPES[args.dtype])  # fmt: skip
+    with parallel.device():  # where weights are drawn quickly
+        model = OPTForCausalLM(OPTConfig(
+            vocab_size=args.vocabulary, hidden_size=args.hidden, word_embed_proj_dim=args.hidden,
+            ffn_dim=4 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+            max_position_embeddings=MAX_TOKENS, dropout=0.0,
+        )).to(engine.DTYPES[args.dtype])  # fmt: skip
     batch = BatchPlan(args.batch, args.micro, 1, args.batch // args.micro)
     trained = engine.initialise(model, OPTIMIZER, None, batch, args.dtype, 1000, run)
     data = rows(args.batch * args.steps, args.vocabulary)
-    paths = {"padded": (None, False), "padded, grouped": (None, True), "packed": (MAX_TOKENS, False)}
+    paths = {"padded": (None, False), "padded, grouped": (None, True), "packed, mask": (MAX_TOKENS, False)}
     speeds = {
         name: speed(trained, data, args, width, grouped=grouped) for name, (width, grouped) in paths.items()
     }
+    packing.choose(model, args.dtype)
+    if packing.by_kernel(model):
+        speeds["packed, kernels"] = speed(trained, data, args, MAX_TOKENS, grouped=False)
     mean = np.mean([sum(map(len, row)) for row in data])
     print(f"{parallel.device()}, {args.dtype}, OPT {args.layers} x {args.hidden}, {args.batch} rows a step in"
           f" micro-batches of {args.micro}, {mean:.0f} tokens a row on average")  # fmt: skip

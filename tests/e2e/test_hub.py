@@ -125,7 +125,7 @@ def test_without_the_server_there_is_nothing_to_do_and_another_scenario_trains(t
 
 
 def test_offline_a_missing_model_is_an_error_in_one_sentence(empty):
-    run = empty.snakemake("results/hub/sft/actor", config=SCENARIO + "\noffline: true\n", check=False)
+    run = empty.snakemake("-k", "results/hub/sft/actor", config=SCENARIO + "\noffline: true\n", check=False)
     text = run.stdout + run.stderr
     assert run.returncode == 1
     assert "model facebook/opt-1.3b is not on the volume, and nothing may be downloaded" in text

@@ -1,10 +1,15 @@
-"""Tests that need a GPU: `python -m pytest tests/gpu`. What they measure is printed at the end."""
+"""Tests that need a GPU: `python -m pytest tests/gpu`. What they measure is printed as it comes, and at the end."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+PROJECT = Path(__file__).resolve().parents[2]
 FIGURES: list[str] = []
 
 
@@ -16,9 +21,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def figure():
-    """Return a function that takes a line for the summary."""
-    return FIGURES.append
+def figure(pytestconfig):
+    """Return a function that prints a line at once, so that a run that is cut off leaves it, and keeps it."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def tell(line: str) -> None:
+        FIGURES.append(line)
+        with capture.global_and_fixture_disabled():
+            print(f"\n{line}", flush=True)
+
+    return tell
+
+
+@pytest.fixture
+def bench(figure):
+    """Return a function: run a benchmark, make figures of its lines that hold one of some words, return all."""
+    paths = os.pathsep.join([str(PROJECT / "scripts"), os.environ.get("PYTHONPATH", "")])
+
+    def run(command: list[str], words: tuple[str, ...]) -> list[str]:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=PROJECT, check=False, timeout=200,
+            env={**os.environ, "PYTHONPATH": paths},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        lines = (done.stdout + done.stderr).splitlines()
+        for line in lines:
+            if any(word in line for word in words):
+                figure(line)
+        return lines
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

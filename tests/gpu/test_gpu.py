@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ trainings = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(trainings)
 
 STAGES, ZERO = ("sft", "reward", "rlhf"), (0, 1, 2, 3)
+PROCESSES = 6  # that share the GPU; a tiny training waits for Python most of its time
 LORA = {"dim": 8, "alpha": 8, "learning_rate": 1e-3}
 RATES = {
     "sft": {"optimizer": {"learning_rate": 1e-4}},
@@ -63,6 +63,7 @@ def variants():
     for stage in ("sft", "reward"):
         name = f"{stage}-packed"
         found[name] = (case(name, stage, run={"packing": True}), f"{stage}-zero0")
+        found[f"{name}-zero3"] = (case(f"{name}-zero3", stage, 3, run={"packing": True}), f"{stage}-zero1")
         found[f"{stage}-fp32-packed"] = (
             case(f"{stage}-fp32-packed", stage, dtype="fp32", run={"packing": True}), f"{stage}-fp32"
         )  # fmt: skip
@@ -83,13 +84,13 @@ VARIANTS = variants()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Return the directory with what all cases made, each in a directory of its name."""
+def sources(tmp_path_factory):
+    """Return the models and the data that all cases start from."""
     from transformers import OPTConfig, OPTForCausalLM
 
     from rlhf import models
 
-    root = tmp_path_factory.mktemp("cases")
+    root = tmp_path_factory.mktemp("sources")
     torch.manual_seed(5)
     OPTForCausalLM(OPTConfig(
         vocab_size=1024, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=4,
@@ -99,8 +100,14 @@ def made(tmp_path_factory):
     models.new_scorer(root / "actor", torch.float32, 1, seed=3).save_pretrained(root / "scorer")
     for stage in STAGES:
         trainings.write_rows(root / "data" / stage, stage, vocabulary=1024, longest=20)
-    sources = {"actor": root / "actor", "scorer": root / "scorer", "data": root / "data"}
-    return trainings.launch(root, 1, sources, [c for c, _ in VARIANTS.values()], each=True, gpus=1)
+    return {"actor": root / "actor", "scorer": root / "scorer", "data": root / "data"}
+
+
+@pytest.fixture(scope="module")
+def made(sources, tmp_path_factory):
+    """Return name of a case -> directory of what it made."""
+    cases = sorted((c for c, _ in VARIANTS.values()), key=lambda c: (c["stage"], c["again"]))
+    return trainings.side_by_side(tmp_path_factory.mktemp("cases"), sources, cases, PROCESSES)
 
 
 def columns(path):
@@ -118,7 +125,7 @@ def worst(found, expected):
 @pytest.mark.parametrize("name", [n for n in VARIANTS if not n.startswith("rlhf")])
 def test_every_step_of_steps_1_and_2_is_the_same(made, figure, name):
     reference = VARIANTS[name][1]
-    expected, found = columns(made / reference), columns(made / name)
+    expected, found = columns(made[reference]), columns(made[name])
     # In fp16 the first steps look for a loss scale and are skipped: only the first loss compares.
     steps = 1 if "fp16" in name else 10
     difference = worst(found["loss"][:steps], expected["loss"][:steps])
@@ -132,7 +139,7 @@ def test_every_step_of_steps_1_and_2_is_the_same(made, figure, name):
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("rlhf")])
 def test_ppos_first_iteration_is_the_same(made, figure, name):
     reference = VARIANTS[name][1]
-    expected, found = columns(made / reference), columns(made / name)
+    expected, found = columns(made[reference]), columns(made[name])
     norms = {
         norm: worst(found[norm][:1], expected[norm][:1]) for norm in ("actor_grad_norm", "critic_grad_norm")
     }
@@ -146,47 +153,45 @@ def test_ppos_first_iteration_is_the_same(made, figure, name):
 @pytest.mark.parametrize("name", [n for n, (c, _) in VARIANTS.items() if c["again"]])
 def test_a_resumed_training_goes_on_as_it_would_have(made, figure, name):
     """Steps after the state agree as kernels do; whether bytes do is told, since atomics may differ."""
-    first, again = columns(made / name), columns(made / name / "again")
+    first, again = columns(made[name]), columns(made[name] / "again")
     metric = "score_raw" if name.startswith("rlhf") else "loss"
     np.testing.assert_allclose(again[metric], first[metric], rtol=0.02, atol=0.02)
-    weights = [load_file(made / name / n / "model/model.safetensors") for n in (".", "again")]
+    weights = [load_file(made[name] / n / "model/model.safetensors") for n in (".", "again")]
     same = all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     figure(f"{name:<24} resumed: weights {'equal to the last bit' if same else 'differ in last bits'}")
 
 
-def run(command, figure, what):
-    """Run a benchmark and hand its table to the figures; return its output."""
-    paths = os.pathsep.join([str(PROJECT / "scripts"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=PROJECT, check=False, timeout=240,
-        env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    text = done.stdout + done.stderr
-    for line in text.splitlines():
-        if any(word in line for word in what):
-            figure(line)
-    return text
-
-
-def test_packing_is_quicker_than_padding(figure, tmp_path):
+def test_lora_needs_at_most_60_percent_of_the_memory(bench):
     command = [
-        sys.executable, "scripts/launch.py", "--gpus", "1", "--log", str(tmp_path / "log"), "tests/bench/packing.py",
-        "--dtype", "bf16", "--hidden", "1024", "--layers", "16", "--vocabulary", "32768", "--micro", "32",
-        "--batch", "128", "--steps", "12",
-    ]  # fmt: skip
-    text = run(command, figure, ("useful tokens/s", "rows a step"))
-    (ratio,) = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("packed")]
-    assert ratio >= 1.6
-
-
-def test_lora_needs_at_most_60_percent_of_the_memory(figure):
-    command = [
-        sys.executable, "tests/bench/memory.py", "--dtype", "bf16", "--hidden", "1024", "--layers", "16"
-    ]  # fmt: skip
-    text = run(command, figure, ("peak",))
-    (line,) = [line for line in text.splitlines() if line.startswith("LoRA needs")]
+        sys.executable,
+        "tests/bench/memory.py",
+        "--dtype",
+        "bf16",
+        "--hidden",
+        "1024",
+        "--layers",
+        "8",
+    ]
+    lines = bench(command, ("peak",))
+    (line,) = [line for line in lines if line.startswith("LoRA needs")]
     assert float(line.split()[2].rstrip("%")) <= 60
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_do_as_one(made, sources, figure, tmp_path):
+    """With NCCL; also a copy of the actor that both share to sample. fp32: as on one GPU but for rounding."""
+    shared = {"zero_stage": 3, "inference_tp_size": 2}
+    cases = [
+        case("sft-fp32-zero3", "sft", 3, "fp32"), case("rlhf-fp32-zero2", "rlhf", 2, "fp32"),
+        case("rlhf-fp32-zero3", "rlhf", 3, "fp32"), case("rlhf-fp32-shared", "rlhf", 3, "fp32", run=shared),
+    ]  # fmt: skip
+    out = trainings.launch(tmp_path, 2, sources, cases, gpus=2)
+    for name in (c["name"] for c in cases):
+        metric = "loss" if name.startswith("sft") else "actor_grad_norm"
+        expected = columns(made[f"{name.split('-')[0]}-fp32"])[metric][:1]
+        difference = worst(columns(out / name)[metric][:1], expected)
+        figure(f"{name:<24} on two GPUs: first {metric} differs from one GPU's by {difference:.2e}")
+        assert difference <= 0.02
 
 
 def test_tiny_learns_through_the_snakefile(figure, tmp_path):

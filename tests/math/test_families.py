@@ -68,7 +68,7 @@ def test_dropout_is_off(model):
     batch = pad([np.arange(3, 20, dtype=np.int32)], PAD, side="right")
     model.train()
     with torch.no_grad():
-        one, two = (model(**models.hidden_inputs(batch)).logits for _ in range(2))
+        one, two = (model(**models.hidden_inputs(model, batch)).logits for _ in range(2))
     assert torch.equal(one, two)
 
 
@@ -105,8 +105,8 @@ def test_positions_that_begin_anew_would_not_do_without_the_mask(model, sequence
     ones = torch.ones_like(packed.attention).tril()
     with torch.no_grad():
         leaking = model(input_ids=packed.ids, attention_mask=ones, position_ids=packed.positions).logits
-        exact = model(**models.hidden_inputs(packed)).logits
-        alone = model(**models.hidden_inputs(pad([several[1]], PAD, side="right"))).logits
+        exact = model(**models.hidden_inputs(model, packed)).logits
+        alone = model(**models.hidden_inputs(model, pad([several[1]], PAD, side="right"))).logits
     close(exact[0, 9:], alone[0], atol=1e-4, rtol=1e-4)
     assert (leaking[0, 9:] - alone[0]).abs().max() > 0.01
 
@@ -129,7 +129,7 @@ def test_saved_models_are_read_by_transformers(model, scorer, sequences, tmp_pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
     with torch.no_grad():
-        inputs = models.hidden_inputs(batch)
+        inputs = models.hidden_inputs(model, batch)
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
         close(
             judge(input_ids=batch.ids, attention_mask=batch.mask.long()).logits[:, 0],

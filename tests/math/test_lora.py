@@ -92,8 +92,8 @@ def test_peft_reads_the_adapter(actor, scorer, actor_path, sequences, tmp_path, 
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     batch = pad(sequences(9, 14, 6), PAD, side="right")
     with torch.no_grad():
-        expected = model(**models.hidden_inputs(batch)).logits
-        found = theirs(**models.hidden_inputs(batch)).logits
+        expected = model(**models.hidden_inputs(model, batch)).logits
+        found = theirs(**models.hidden_inputs(theirs, batch)).logits
     close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -1,7 +1,8 @@
 """What training gives does not depend on how it is cut up: over processes, ZeRO stages, micro-batches.
 
 Tolerances: losses and gradient norms of single steps agree to 1e-4 (fp32, sums in another order),
-weights after ten steps to 2e-3 in total, since Adam divides small gradients by their own size.
+weights after ten steps to 2e-3 in total, since Adam divides small gradients by their own size. With LoRA
+that shows in the second iteration of PPO already, whose gradient norms agree to 1e-3: adapters begin at 0.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ LORAS = {
     "rlhf": {"actor_lora": LORA, "critic_lora": LORA, "ema_decay": 0.5},
 }
 MEANS = {"ema_decay": 0.5, "ptx_coef": 2.0}
+SHARED = {"inference_tp_size": 2}  # one copy of the actor to sample, for both processes
 EVERYTHING_OFF = {"offload": ["optimizer", "parameters", "reference"], "gradient_checkpointing": True}
 SAME = {  # name -> a case that must do as another one does
     **{f"{stage}-checkpointed": (case(stage, 0, run={"gradient_checkpointing": True}), f"{stage}-0")
@@ -61,6 +63,8 @@ SAME = {  # name -> a case that must do as another one does
     "rlhf-offload-3": (case("rlhf", 3, run=EVERYTHING_OFF), "rlhf-0"),
     **{f"lora-{stage}-{zero}": (case(stage, zero, again=True, **LORAS[stage]), f"lora-{stage}")
        for stage in STAGES for zero in (0, 2, 3)},
+    "shared-3": (case("rlhf", 3, run=SHARED, again=True), "rlhf-0"),
+    "shared-lora-3": (case("rlhf", 3, run=SHARED, again=True, **LORAS["rlhf"]), "lora-rlhf"),
     **{f"means-{zero}": (case("rlhf", zero, again=True, **MEANS), "means") for zero in (0, 2, 3)},
 }  # fmt: skip
 HALF = [case("sft", zero, f"half-{zero}", dtype="bf16") for zero in ZERO]
@@ -107,7 +111,7 @@ def test_every_step_is_the_same_over_processes_and_zero_stages(made, stage, zero
 
 @pytest.mark.parametrize(("name", "reference"), [(name, of) for name, (_, of) in SAME.items()])
 def test_every_step_is_the_same_over_micro_batches_packing_checkpointing_and_offload(made, name, reference):
-    assert_equal_trainings(made[1, reference], made[2, name])
+    assert_equal_trainings(made[1, reference], made[2, name], rel=1e-3 if "lora-rlhf" in name else 1e-4)
 
 
 @pytest.mark.parametrize("zero", ZERO)
@@ -181,10 +185,14 @@ def test_a_state_holds_no_weights_that_are_not_trained(made):
     assert all("lora_" in name or "score" in name for name in head)
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-@pytest.mark.parametrize("kind", [*STAGES, "means", *(f"lora-{stage}" for stage in STAGES)])
-def test_a_resumed_training_on_two_processes_gives_the_same_bytes(made, kind, zero):
-    path = made[2, f"{kind}-{zero}"]
+KINDS = (*STAGES, "means", *(f"lora-{stage}" for stage in STAGES))
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}-{zero}" for kind in KINDS for zero in (0, 2, 3)), "shared-3", "shared-lora-3"]
+)
+def test_a_resumed_training_on_two_processes_gives_the_same_bytes(made, name):
+    path = made[2, name]
     files = ("metrics.jsonl", "model/model.safetensors", "model/config.json")
-    for name in (*files, *(["model_ema/model.safetensors"] if kind == "means" else [])):
-        assert (path / "again" / name).read_bytes() == (path / name).read_bytes(), name
+    for file in (*files, *(["model_ema/model.safetensors"] if "means" in name else [])):
+        assert (path / "again" / file).read_bytes() == (path / file).read_bytes(), file

@@ -1,7 +1,7 @@
 """Small trainings in one launch of processes: `launch.py --processes N trainings.py CASES.json`.
 
 Each case names a stage and what differs from `base`; its metrics and its model go to a directory of
-its name. Not a test: `test_cuts.py` and `tests/gpu` compare what comes out.
+its name. Not a test: `test_processes.py`, `test_families.py` and `tests/gpu` compare what comes out.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -149,38 +151,76 @@ class NoTokenizer:
         """Write nothing."""
 
 
-def launch(
-    path: Path,
-    processes: int,
-    sources: dict[str, Path],
-    cases: list[dict],
-    *,
-    each: bool = False,
-    gpus: int = 0,
-) -> Path:
-    """Run cases in one launch of `processes` processes; return the directory with what they made.
-
-    With `each` a case that fails leaves its error in `error.txt` and the others go on.
-    """
-    out, log = path / "out", path / "log"
-    plan = {
-        "sources": {name: str(p) for name, p in sources.items()},
-        "out": str(out),
-        "cases": cases,
-        "each": each,
-    }
-    for case in cases:
-        case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
-    (path / "cases.json").write_text(json.dumps(plan))
+def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dict], gpus: int = 0) -> Path:
+    """Run cases in one launch of `processes` processes; return the directory with what they made."""
+    log, plan = path / "log", write_plan(path, processes, sources, cases)
     command = [
         sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--gpus", str(gpus), "--log", str(log),
-        __file__, str(path / "cases.json"),
+        __file__, str(plan),
     ]  # fmt: skip
-    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    run = subprocess.run(command, env=environment(), stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == 0, log.read_text()[-6000:]
-    return out
+    return path / "out"
+
+
+def side_by_side(path: Path, sources: dict[str, Path], cases: list[dict], processes: int) -> dict[str, Path]:
+    """Share cases out to trainings of one process each that run at once; return name -> what a case made.
+
+    They share the GPU, if there is one: `launch.py` is not asked. A case that fails leaves its error in
+    `error.txt` and the others go on.
+    """
+    shares = [cases[i::processes] for i in range(processes)]
+    places = [path / f"share-{i}" for i in range(processes)]
+    started = []
+    for where, share, port in zip(places, shares, free_ports(processes), strict=True):
+        where.mkdir()
+        plan = write_plan(where, 1, sources, share, each=True)
+        ranks = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        with (where / "log").open("wb") as log:
+            command = [sys.executable, __file__, str(plan)]
+            started.append(
+                subprocess.Popen(command, env=environment() | ranks, stdout=log, stderr=subprocess.STDOUT)
+            )
+    for where, process in zip(places, started, strict=True):
+        assert process.wait() == 0, (where / "log").read_text()[-6000:]
+    return {
+        c["name"]: where / "out" / c["name"]
+        for where, share in zip(places, shares, strict=True)
+        for c in share
+    }
+
+
+def free_ports(count: int) -> list[str]:
+    """Return ports that are all different: each is held until the last one is found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
+
+
+def write_plan(
+    path: Path, processes: int, sources: dict[str, Path], cases: list[dict], *, each: bool = False
+) -> Path:
+    """Write what `main` reads; with `each` a case that fails does not end the others."""
+    for case in cases:
+        case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
+    named = {name: str(p) for name, p in sources.items()}
+    plan = {"sources": named, "out": str(path / "out"), "cases": cases, "each": each}
+    (path / "cases.json").write_text(json.dumps(plan))
+    return path / "cases.json"
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which a process finds the library."""
+    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def save(model, path: Path) -> None:

@@ -76,6 +76,9 @@ def test_a_prompt_is_in_one_phase_over_all_datasets_and_however_a_conversation_g
         ("\n\nAssistant: hi\n\nHuman: ho\n\nAssistant:", "do not take turns"),
         ("\n\nHuman:  \n\nAssistant:", "an empty turn"),
         ([{"role": "system", "content": "be nice"}, {"role": "user", "content": "x"}], "system message"),
+        ([{"from": "human", "value": "x"}], "a message without role and content"),
+        (["hi"], "a message without role and content"),
+        ([{"role": "user", "content": None}], "a message without text"),
         (None, "no prompt"),
     ],
 )
@@ -85,7 +88,15 @@ def test_a_prompt_that_is_no_conversation_is_unusable_with_the_reason(prompt, wh
 
 
 @pytest.mark.parametrize(
-    ("chosen", "why"), [("", "an empty reply"), (None, "an empty reply"), (" bad", "the same")]
+    ("chosen", "why"),
+    [
+        ("", "an empty reply"),
+        (None, "an empty reply"),
+        ([], "an empty reply"),
+        (["good"], "a message without role and content"),
+        ([{"role": "assistant", "content": None}], "a message without text"),
+        (" bad", "the same"),
+    ],
 )
 def test_a_pair_that_teaches_nothing_is_unusable_with_the_reason(chosen, why):
     with pytest.raises(Unusable, match=why):

@@ -268,6 +268,20 @@ def test_a_dataset_that_cannot_be_read_is_told(entry, said):
         config.load(yaml.safe_load(FILE.read_text()) | {"scenarios": {"a": {"sft": {"datasets": [entry]}}}})
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("a/b", "a: sft.datasets.0 = 'a/b' (from scenarios.a): the columns of a/b are not known"),
+        (
+            {"name": "a/b", "columns": {"prompt": "p", "respons": "r"}},
+            "a: sft.datasets.0.columns.respons = 'r' (from scenarios.a): no such field; did you mean response?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_list_is_the_scenario_s_own(entry, said):
+    assert the_mistake(a={"sft": {"datasets": [entry]}}).startswith(said)
+
+
 def test_a_dataset_stands_once_in_a_list():
     assert "builtin/chitchat stands here more than once" in the_mistake(
         a={"sft": {"datasets": ["builtin/chitchat", {"name": "builtin/chitchat", "split": "test"}]}}
@@ -327,6 +341,30 @@ def test_one_unknown_dataset_is_one_mistake():
 def test_what_is_offloaded_must_be_shared_out(what, zero, least):
     said = the_mistake(a={"sft": {"run": {"offload": [what], "zero_stage": zero}}})
     assert f"offload of {what} needs zero_stage {least} or more, not {zero}" in said
+
+
+FOUR = {"processes": 4, "zero_stage": 3, "micro_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({**FOUR, "zero_stage": 2, "inference_tp_size": 2}, "inference_tp_size 2 needs zero_stage 3, not 2"),
+        ({**FOUR, "inference_tp_size": 3}, "3 does not divide the 4 processes of a node, among which copies are"
+                                           " shared: choose one of 1, 2, 4"),
+        ({**FOUR, "nodes": 2, "inference_tp_size": 4}, "4 does not divide the 2 processes of a node"),
+        ({**FOUR, "inference_tp_size": 2}, "inference_tp_size = 2 does not divide the 3 heads of builtin/opt-3x96"),
+    ],
+)  # fmt: skip
+def test_copies_of_the_actor_are_shared_evenly_within_a_node(run, said):
+    assert said in the_mistake(a={"rlhf": {"run": run}})
+
+
+def test_four_gpus_share_a_copy_of_the_largest_actor():
+    made = config.load(yaml.safe_load(FILE.read_text()))
+    sizes = {name: s.rlhf.run.inference_tp_size for name, s in made.scenarios.items()}
+    assert sizes["multi-node"] == 4
+    assert set(sizes.values()) == {1, 4}
 
 
 def test_the_reference_is_offloaded_in_step_3_alone():

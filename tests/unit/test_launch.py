@@ -13,6 +13,9 @@ LAUNCH = Path(__file__).parents[2] / "scripts/launch.py"
 PROGRAM = """
 import os, sys
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "local", os.environ["LOCAL_RANK"], *sys.argv[1:])
+if sys.argv[1] == "mistake-" + os.environ["RANK"]:
+    print("error: a mistake", file=sys.stderr)
+    sys.exit(2)
 sys.exit(3 if sys.argv[1] == "fail-" + os.environ["RANK"] else 0)
 """
 
@@ -98,6 +101,16 @@ def test_a_process_that_fails_fails_the_launch(start, rank):
     process = start("--processes", "2", argument=f"fail-{rank}")
     process.communicate()
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_users_mistake_in_any_process_ends_the_launch_as_one(start, rank):
+    """Exit code 2, and no report on processes that have nothing to do with it."""
+    process = start("--processes", "2", argument=f"mistake-{rank}")
+    said = process.communicate()[1]
+    assert process.returncode == 2
+    assert "Traceback" not in said
+    assert ["error: a mistake", "error: process 1 says in its own log what is wrong"][rank] in said
 
 
 def test_one_process_hands_on_its_exit_code(start):

@@ -120,10 +120,18 @@ def test_swapped_learning_rates_are_another_training():
     ],
 )
 def test_how_a_stage_runs_is_in_no_name(stage, field):
-    """Another value (the defaults have neither of these); offloading needs sharding first."""
+    """Another value (the defaults have none of these); some need sharding first, or two heads."""
     values = {"offload": ["optimizer"], "gradient_checkpointing": True, "packing": True}
-    run = {"zero_stage": 1, "micro_batch_size": 16, "processes": 2, field: values.get(field, 2)}
-    assert changed({stage: {"run": run}}) == set()
+    run = {"zero_stage": 3, "micro_batch_size": 16, "processes": 2, field: values.get(field, 2)}
+    assert changed({stage: {"run": run}}, {"actor": {"model": "builtin/opt-2x64-bpe1024"}}) == set()
+
+
+def test_a_comparison_is_run_by_what_its_script_reads():
+    """How the comparison is run is what a training of step 3 could be run as."""
+    made = plan(config.load(TREE), code, fingerprint)
+    for artefact in made.artefacts.values():
+        if artefact.stage == "eval":
+            config.RlhfRun.model_validate_json(artefact.run.model_dump_json())
 
 
 def test_every_value_but_run_is_in_a_name():

@@ -63,6 +63,16 @@ def test_every_row_is_counted_once_and_long_ones_are_dropped(tmp_path, tokenizer
     assert len(Rows(out / "eval")) == counts["eval"]
 
 
+def test_the_card_tells_the_lengths_of_each_part(tmp_path, tokenizer_path):
+    out, card = prepared(tmp_path, tokenizer_path, rows_of(60) + rows_of(40, response="you hello you"))
+    rows = list(Rows(out / "train"))
+    for place, part in enumerate(("prompt", "response")):
+        lengths = [len(row[place]) for row in rows]
+        told = card["splits"]["train"][part]
+        assert told["longest"] == max(lengths)
+        assert told["mean"] == pytest.approx(sum(lengths) / len(rows), abs=0.01)
+
+
 def test_a_response_ends_with_eos_and_a_prompt_begins_with_bos(tmp_path, tokenizer_path):
     out, _ = prepared(tmp_path, tokenizer_path, rows_of(60))
     prompt, response = Rows(out / "train")[0]
