@@ -67,6 +67,11 @@ def load_plan():
             settings, codehash.digest, fingerprint, requested_scenarios()
         )
         refuse_unknown_targets(plan, settings)
+        planning.refuse_misplaced(
+            plan,
+            requested_scenarios(),
+            lambda source: Path(settings.pvc, source).exists(),
+        )
         return settings, plan
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

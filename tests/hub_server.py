@@ -41,6 +41,7 @@ class HubServer:
         self.requests: list[str] = []
         self.secrets: dict[str, str] = {}
         self.gated: set[str] = set()
+        self.listed: dict[str, object] = {}  # laid over the last file of a list
         self.pause = 0.0  # seconds per block
         self.commits: dict[tuple[str, str, str], dict[str, bytes]] = {}
         server = self
@@ -120,8 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, kind: str, name: str, revision: str) -> None:
         fault = self.hub.metadata_faults.popleft() if self.hub.metadata_faults else ""
-        if fault.isdigit():
-            return self._error(int(fault), Retry_After="0")
+        if fault[:3].isdigit():
+            return self._error(int(fault[:3]), Retry_After=fault.rpartition(" ")[2] if fault[3:] else "0")
         if self._refused(name):
             return None
         if not (self.hub.root / kind / name).is_dir():
@@ -134,6 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             answer = {"id": name, "sha": "0" * 40 if fault == "commit" else commit, "private": False}
             answer["siblings"] = [self._sibling(n, c) for n, c in sorted(files.items())]
+            answer["siblings"][-1].update(self.hub.listed)
             body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -157,8 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or file not in found[1]:
             return self._error(404, "EntryNotFound")
         fault = self.hub.faults.popleft() if self.hub.faults and not cdn else ""
-        if fault.isdigit():
-            return self._error(int(fault), Retry_After="0")
+        if fault[:3].isdigit():
+            return self._error(int(fault[:3]), Retry_After=fault.rpartition(" ")[2] if fault[3:] else "0")
         if fault == "redirect":
             return self._error(302, Location="/cdn" + self.path, X_Repo_Commit=revision)
         return self._content(file, found[1][file], fault, "0" * 40 if fault == "commit" else revision)
@@ -173,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size + (fault == 'size')}")
         self.end_headers()
+        if fault == "stall":
+            time.sleep(1)
         body = content[start:end]
         if fault == "corrupt" and body:
             body = bytes([body[0] ^ 1]) + body[1:]

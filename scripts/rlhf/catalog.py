@@ -29,7 +29,8 @@ HEAD_SIZE = 32
 POSITIONS = 256  # of built-in models: their longest text, in tokens
 MIN_VOCABULARY = 300  # 256 bytes, the special tokens, and something to merge
 
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PART = r"\b[A-Za-z0-9_.-]{1,96}\b"
+_HUB = re.compile(rf"{_PART}/{_PART}")  # with what `_misspelt` adds, the rule of the Hub's client
 _WHAT_THERE_IS = "organisation/name on the Hub, or a path on the volume that begins with ./ or /"
 
 
@@ -38,6 +39,11 @@ def kind(name: str) -> Kind:
     if name.startswith("builtin/"):
         return "builtin"
     return "local" if name.startswith(("./", "../", "/")) else "hub"
+
+
+def known_columns(name: str) -> dict[str, Any] | None:
+    """Return the columns of a known dataset, also of a copy that lies on the volume under its name."""
+    return COLUMNS.get("/".join(name.rstrip("/").split("/")[-2:]) if kind(name) == "local" else name)
 
 
 def unknown_model(name: str) -> str | None:
@@ -62,5 +68,6 @@ def unknown_dataset(name: str) -> str | None:
 
 
 def _misspelt(name: str) -> str | None:
-    fits = kind(name) == "local" or (_HUB.fullmatch(name) and ".." not in name)
+    odd = ".." in name or "--" in name or name.endswith(".git")
+    fits = kind(name) == "local" or (_HUB.fullmatch(name) and not odd)
     return None if fits else f"should be {_WHAT_THERE_IS}"

@@ -114,10 +114,11 @@ class Dataset(Section):
         name = str(entry["name"])
         if why := catalog.unknown_dataset(name):
             raise ValueError(f"{name}: {why}")
-        if name not in catalog.COLUMNS:
+        columns = catalog.known_columns(name)
+        if columns is None:
             example = f"{{name: {name}, columns: {{prompt: question, chosen: better, rejected: worse}}}}"
             raise ValueError(f"the columns of {name} are not known: say which hold what, as {example}")
-        return {**entry, "columns": catalog.COLUMNS[name]}
+        return {**entry, "columns": columns}
 
     @model_validator(mode="after")
     def _revisions_are_the_hubs(self) -> Dataset:

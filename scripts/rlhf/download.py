@@ -43,6 +43,8 @@ def download(snapshot: Snapshot, names: Iterable[str], directory: Path) -> None:
     """
     wanted = set(names)
     files = [f for f in snapshot.files if f.name in wanted and not (directory / f.name).exists()]
+    if files:
+        hub.refuse_if_offline(f"{files[0].name} of {snapshot.kind} {snapshot.repository}")
     parts = [part for f in files if (part := _part(directory / f.name)).exists()]
     present = sum(part.stat().st_size for part in parts)
     _refuse_if_full(directory, sum(f.size for f in files) - present)
@@ -135,7 +137,7 @@ def _range(snapshot: Snapshot, file: RemoteFile, start: int) -> Iterator[bytes]:
     end = min(start + CHUNK, file.size)
     headers = {**hub.headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with (
-        hub.explained(snapshot.kind, snapshot.repository, snapshot.commit),
+        hub.explained(snapshot.kind, snapshot.repository, snapshot.revision, snapshot.commit, file.name),
         get_session().stream(
             "GET", snapshot.url(file.name), headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as response,

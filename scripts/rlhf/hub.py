@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,7 +31,7 @@ from rlhf.retry import Transient, retried
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers that may be better the next time
 
-http: Any = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx, or httpx2 since hub 2
+http: Any = sys.modules[HfHubHTTPError.__bases__[0].__module__.split(".")[0]]  # httpx, or httpx2 since hub 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def snapshot(kind: str, repository: str, revision: str, recorded: str | None) ->
     wanted = recorded or revision
 
     def ask() -> Any:
-        with explained(kind, repository, wanted):
+        with explained(kind, repository, revision, recorded):
             return HfApi(endpoint=constants.ENDPOINT).repo_info(
                 repository, repo_type=kind, revision=wanted, files_metadata=True
             )
@@ -94,13 +95,28 @@ def snapshot(kind: str, repository: str, revision: str, recorded: str | None) ->
     exact = recorded or (revision if COMMIT.fullmatch(revision) else None)
     if exact and info.sha != exact:
         raise UserError(
-            f"{constants.ENDPOINT} gives commit {info.sha} for {repository}, {exact} was asked for:"
-            " not the same repository? Check HF_ENDPOINT and the revision."
+            f"{constants.ENDPOINT} gives commit {info.sha} for {repository}, {exact} was asked for"
+            f"{' (rlhf.lock records it)' if recorded else ''}: not the same repository? Check HF_ENDPOINT and"
+            f" the revision ({revision})."
         )
-    files = tuple(
-        RemoteFile(f.rfilename, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in info.siblings
-    )
+    files = tuple(_remote_file(f, f"{kind} {repository}") for f in info.siblings)
     return Snapshot(kind, repository, revision, info.sha, files)
+
+
+def _remote_file(listed: Any, what: str) -> RemoteFile:
+    """Return a file of the Hub's list, if it has what we need and stays in its directory."""
+    name, sha256 = listed.rfilename, listed.lfs.sha256 if listed.lfs else None
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(
+            f"{constants.ENDPOINT} lists {name!r} for {what}, which would be written outside of its directory;"
+            " nothing was downloaded: check HF_ENDPOINT"
+        )
+    if listed.size is None or not (sha256 or listed.blob_id):
+        raise UserError(
+            f"{constants.ENDPOINT} lists {name} of {what} without its size or hash, so that it cannot be"
+            " checked: set HF_ENDPOINT to the Hub or to a mirror that tells them"
+        )
+    return RemoteFile(name, listed.size, listed.blob_id, sha256)
 
 
 def refuse_if_offline(what: str) -> None:
@@ -118,31 +134,25 @@ def headers() -> dict[str, str]:
 
 
 @contextmanager
-def explained(kind: str, repository: str, revision: str) -> Iterator[None]:
-    """Turn the client's errors into sentences, or into `Transient` where another try may help."""
+def explained(
+    kind: str, repository: str, revision: str, commit: str | None = None, file: str | None = None
+) -> Iterator[None]:
+    """Turn the client's errors into sentences, or into `Transient` where another try may help.
+
+    Args:
+        revision: as the user wrote it.
+        commit: what it meant when it was recorded.
+        file: which file is asked for.
+    """
+    what = f"{file} of {kind} {repository}" if file else f"{kind} {repository}"
     place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     token = "HF_TOKEN is set" if headers().get("authorization") else "HF_TOKEN is not set"
     try:
         yield
-    except GatedRepoError:
-        raise UserError(
-            f"{kind} {repository} is gated: accept its terms at {place}, then set HF_TOKEN to a token of"
-            f" that account ({token})"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{kind} {repository} has no revision {revision}: choose a branch, tag or commit listed at"
-            f" {place}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"there is no {kind} {repository} at {constants.ENDPOINT}, or it is private: check the name;"
-            f" for a private one set HF_TOKEN to a token that may read it ({token})"
-        ) from None
-    except EntryNotFoundError as error:
-        raise UserError(f"{kind} {repository} at {revision} lacks a file that it lists: {error}") from None
     except HfHubHTTPError as error:
-        raise _answered(error, f"{kind} {repository}", token) from None
+        if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
+            raise _absent(error, f"{kind} {repository}", place, revision, commit, file) from None
+        raise _refused(error, what, place, token) from None
     except http.HTTPError as error:
         raise Transient(
             f"cannot reach {constants.ENDPOINT} ({type(error).__name__}: {error}): check the network,"
@@ -153,6 +163,50 @@ def explained(kind: str, repository: str, revision: str) -> Iterator[None]:
             f"{constants.ENDPOINT} does not speak the Hub's protocol: check HF_ENDPOINT, and whether a proxy"
             " answers in its place"
         ) from None
+    except UnicodeEncodeError:
+        raise UserError("HF_TOKEN holds a character that no token has: copy it from the Hub again") from None
+    except (ValueError, http.InvalidURL) as error:
+        raise UserError(
+            f"cannot ask {constants.ENDPOINT} for {what} ({error}): HF_ENDPOINT and the variables HTTPS_PROXY,"
+            " HTTP_PROXY and ALL_PROXY should be addresses as http://name:port"
+        ) from None
+
+
+def _absent(
+    error: HfHubHTTPError, source: str, place: str, revision: str, commit: str | None, file: str | None
+) -> Exception:
+    """Return what to say of a revision or file that is not there."""
+    if isinstance(error, RevisionNotFoundError) and commit and commit != revision:
+        return UserError(
+            f"{source} has no commit {commit} any more, which rlhf.lock records for revision"
+            f" {revision}: to take what {revision} means now, remove its line from rlhf.lock and its directory"
+            " under work/"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(
+            f"{source} has no revision {revision}: choose a branch, tag or commit listed at {place}"
+        )
+    if file:
+        return UserError(
+            f"{source} at {commit} lacks a file that it lists, {file}: choose another revision, or"
+            " check HF_ENDPOINT if it is a mirror"
+        )
+    return UserError(f"{constants.ENDPOINT} does not know of {source}: check HF_ENDPOINT")
+
+
+def _refused(error: HfHubHTTPError, what: str, place: str, token: str) -> Exception:
+    """Return what to say of an answer that refuses, or that may be better the next time."""
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{what} is gated: accept its terms at {place}, then set HF_TOKEN to a token of that"
+            f" account ({token})"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(
+            f"there is no {what} at {constants.ENDPOINT}, or it is private: check the name; for a private one"
+            f" set HF_TOKEN to a token that may read it ({token})"
+        )
+    return _answered(error, what, token)
 
 
 def _answered(error: HfHubHTTPError, what: str, token: str) -> Exception:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.errors import UserError
 from rlhf.store import write_json
 
 FILE = Path("rlhf.lock")
@@ -36,7 +37,13 @@ def record(artefact: Path, commit: str) -> None:
 def _read() -> dict[str, str]:
     if not FILE.exists():
         return {}
-    commits: dict[str, str] = json.loads(FILE.read_text())
+    try:
+        commits: dict[str, str] = dict(json.loads(FILE.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{FILE.resolve()} is damaged ({error}): mend it, or remove it; without it every revision means"
+            " what it means now"
+        ) from None
     return commits
 
 

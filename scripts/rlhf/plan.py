@@ -100,6 +100,32 @@ def plan(
     return Plan(artefacts, results)
 
 
+def refuse_misplaced(made: Plan, scenarios: Iterable[str], exists: Callable[[str], bool]) -> None:
+    """Refuse sources of the volume that are not there, and names of the Hub that lie on the volume.
+
+    Args:
+        scenarios: those that are asked for; what only others want is not looked at.
+        exists: whether there is such a path on the volume.
+
+    Raises:
+        ConfigError: with the name and what to write instead.
+    """
+    for artefact in made.artefacts.values():
+        if artefact.script not in FETCH.values() or not set(artefact.scenarios) & set(scenarios):
+            continue
+        name = artefact.spec["config"][artefact.stage]
+        hub, there = catalog.kind(name) == "hub", exists(name)
+        if hub and there:
+            raise ConfigError(
+                f"{artefact.stage} {name} is a repository on the Hub, and there is a directory of that name on"
+                f" the volume: write ./{name} in config.yaml for the directory, or move that away"
+            )
+        if not hub and not there:
+            raise ConfigError(
+                f"{artefact.stage} {name} does not exist on the volume: correct it in config.yaml, or bring it"
+            )
+
+
 @dataclass
 class _Builder:
     """Names the artefacts of one scenario, children after parents."""

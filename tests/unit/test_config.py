@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf import config
+from rlhf import catalog, config
 from rlhf.errors import ConfigError
 
 FILE = Path(__file__).parents[2] / "config.yaml"
@@ -243,6 +243,26 @@ def test_an_unknown_model_is_told_with_what_there_is(name, why):
     assert the_mistake(a={"actor": {"model": name}}).startswith(
         f"a: actor.model = '{name}' (from scenarios.a): {why}"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["facebook/opt-1.3b.git", "a/b--c", "a-/b", "a/b.", "a/b..c", "a/" + "b" * 97]
+)
+def test_a_name_that_the_hubs_client_refuses_is_refused_by_the_plan(name):
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert catalog.unknown_model(name)
+    assert catalog.unknown_model("_a/B.c-d_e") is None
+
+
+def test_a_known_dataset_that_lies_on_the_volume_needs_no_columns():
+    known = catalog.COLUMNS["Dahoas/rm-static"]
+    assert catalog.known_columns("./datasets/Dahoas/rm-static/") == known
+    assert catalog.known_columns("/data/Dahoas/rm-static") == known
+    assert catalog.known_columns("./rm-static") is catalog.known_columns("other/rm-static") is None
 
 
 def test_an_unknown_dataset_is_told_with_what_there_is():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
 from rlhf import download as downloading
-from rlhf import hub, retry
+from rlhf import hub, lock, retry
 from rlhf.errors import UserError
 
+SCRIPTS = str(Path(__file__).parents[2] / "scripts")
 NAMES = ["rows.data", "README.md", "deep/empty.json"]
 
 
@@ -142,13 +147,29 @@ def test_too_little_room_is_told_before_a_byte_is_asked_for(server, tmp_path, mo
     ("setup", "said"),
     [
         (lambda s, m: s.secrets.update({"a/b": "t"}), "there is no dataset a/b at .*HF_TOKEN is not set"),
-        (lambda s, m: (s.secrets.update({"a/b": "t"}), s.gated.add("a/b")), "is gated: accept its terms"),
+        (
+            lambda s, m: (s.secrets.update({"a/b": "t"}), s.gated.add("a/b")),
+            r"is gated: accept its terms at http://.*/datasets/a/b",
+        ),
         (lambda s, m: s.metadata_faults.extend(["403"] * 9), r"refused dataset a/b \(403\)"),
         (lambda s, m: s.metadata_faults.extend(["503"] * 9), r"answered 503 for dataset a/b \(6 attempts\)"),
         (lambda s, m: s.metadata_faults.extend(["429"] * 9), r"answered 429"),
         (lambda s, m: s.metadata_faults.extend(["418"]), r"answered 418"),
         (lambda s, m: s.metadata_faults.append("html"), "does not speak the Hub's protocol"),
         (lambda s, m: m.setattr(constants, "HF_HUB_OFFLINE", True), "nothing may be downloaded"),
+        (
+            lambda s, m: s.listed.update(rfilename="../../evil"),
+            r"'../../evil' for dataset a/b, which would be",
+        ),
+        (lambda s, m: s.listed.update(rfilename="a/../../evil"), "outside of its directory"),
+        (lambda s, m: s.listed.update(rfilename="/tmp/evil"), "outside of its directory"),
+        (lambda s, m: s.listed.update(size=None, lfs=None), "without its size or hash"),
+        (lambda s, m: s.listed.update(blobId=None, lfs=None), "without its size or hash"),
+        (lambda s, m: m.setenv("HF_TOKEN", "hf_\u00e4"), "HF_TOKEN holds a character"),
+        (
+            lambda s, m: m.setattr(constants, "ENDPOINT", "http://a b:port"),
+            "cannot ask .*HF_ENDPOINT and the",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_told_with_what_to_do(server, monkeypatch, setup, said):
@@ -189,5 +210,70 @@ def test_a_file_that_vanished_is_told(server, tmp_path):
     found = snapshot()
     del server.commits["datasets", "a/b", found.commit]["README.md"]
     (server.root / "datasets/a/b/README.md").unlink()
-    with pytest.raises(UserError, match="lacks a file that it lists"):
+    with pytest.raises(UserError, match=r"lacks a file that it lists, README.md: choose") as caught:
         fetch(tmp_path, found)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recorded_commit_that_is_gone_is_told_with_the_lock_and_the_users_revision(server, tmp_path):
+    said = "has no commit 1111.* which rlhf.lock records for revision main: .*remove its line"
+    with pytest.raises(UserError, match=said):
+        snapshot(recorded="1" * 40)
+
+
+def test_offline_an_interrupted_download_is_refused_and_a_whole_one_is_not(server, tmp_path, monkeypatch):
+    found = snapshot()
+    server.faults.extend(["403"] * 9)
+    with pytest.raises(UserError, match=r"refused .* of dataset a/b \(403\)"):
+        fetch(tmp_path, found)
+    server.faults.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"of dataset a/b is not on the volume, and nothing may be downloaded"
+    ):
+        fetch(tmp_path, found)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetch(tmp_path, found)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert is_right(server, fetch(tmp_path, found))
+
+
+def test_a_file_that_may_not_be_read_is_told(server, tmp_path):
+    found = snapshot()
+    server.secrets["a/b"] = "t"
+    with pytest.raises(UserError, match=r"of dataset a/b at .*, or it is private"):
+        fetch(tmp_path, found)
+    server.gated.add("a/b")
+    with pytest.raises(UserError, match=r"of dataset a/b is gated: accept its terms"):
+        fetch(tmp_path, found)
+
+
+@pytest.mark.parametrize("at", ["faults", "metadata_faults"])
+def test_what_retry_after_asks_for_is_waited(server, tmp_path, monkeypatch, at):
+    waited = []
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
+    getattr(server, at).append("429 after 3")
+    fetch(tmp_path)
+    assert waited == [3.0]
+
+
+def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloading, "TIMEOUT", 0.2)
+    server.faults.append("stall")
+    assert is_right(server, fetch(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_damaged_lock_is_told(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rlhf.lock").write_text(content)
+    with pytest.raises(UserError, match=r"rlhf.lock is damaged .*: mend it, or remove it"):
+        lock.commit_of(tmp_path / "models/a/b@main")
+
+
+def test_a_proxy_of_an_unknown_kind_is_told(server):
+    code = "from rlhf import hub; hub.snapshot('dataset', 'a/b', 'main', None)"
+    env = {"HF_ENDPOINT": server.endpoint, "HTTP_PROXY": "foo://proxy:3128", "PYTHONPATH": SCRIPTS}
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+    assert "UserError: cannot ask" in run.stderr
+    assert "HTTP_PROXY" in run.stderr

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from rlhf import config
-from rlhf.plan import ENTRY, plan
+from rlhf.errors import ConfigError
+from rlhf.plan import ENTRY, plan, refuse_misplaced
 
 ROOT = Path(__file__).parents[2]
 TREE = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -75,6 +76,25 @@ def test_scenarios_that_differ_only_in_rlhf_share_all_before_it():
 )
 def test_a_value_changes_its_own_stage_and_what_follows(override, stages_that_change):
     assert changed(override) == stages_that_change
+
+
+@pytest.mark.parametrize(
+    ("name", "exists", "said"),
+    [
+        ("models/opt-13b", True, r"write ./models/opt-13b in config.yaml for the directory"),
+        ("models/opt-13b", False, None),
+        ("./models/opt-13b", True, None),
+        ("./models/opt-13b", False, "model ./models/opt-13b does not exist on the volume"),
+    ],
+)
+def test_a_source_that_is_not_where_its_name_says_is_refused_for_who_asks(name, exists, said):
+    made = planned(a={"actor": {"model": name}}, b={})
+    refuse_misplaced(made, ["b"], lambda _: exists)
+    if said is None:
+        refuse_misplaced(made, ["a"], lambda _: exists)
+    else:
+        with pytest.raises(ConfigError, match=said):
+            refuse_misplaced(made, ["a"], lambda _: exists)
 
 
 def test_with_ptx_rlhf_reads_the_rows_of_step_1_as_they_are():
