@@ -39,8 +39,10 @@ class HubServer:
         self.metadata_faults: deque[str] = deque()
         self.sent: list[tuple[str, int, int]] = []
         self.requests: list[str] = []
+        self.hosts: set[str] = set()
         self.secrets: dict[str, str] = {}
         self.gated: set[str] = set()
+        self.open_lists = False  # whether anyone may see a list of files
         self.listed: dict[str, object] = {}  # laid over the last file of a list
         self.pause = 0.0  # seconds per block
         self.commits: dict[tuple[str, str, str], dict[str, bytes]] = {}
@@ -64,6 +66,11 @@ class HubServer:
     def files(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return (commit, file -> content) of a revision."""
         folder = self.root / kind / name
+        if revision == "refs/convert/parquet":  # a branch of its own, which lies beside the repository
+            found = self.files(kind, f"{name}.convert", "main")
+            if found is not None:
+                self.commits[kind, name, found[0]] = found[1]
+            return found
         if (kept := self.commits.get((kind, name, revision))) is not None:
             return revision, kept
         if not folder.is_dir():
@@ -86,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path)  # as a proxy it is asked for whole addresses
+        self.hub.hosts.add(self.headers.get("Host", ""))
         self.hub.requests.append(f"{self.command} {path}")
         try:
             if found := API.fullmatch(path):
@@ -123,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.metadata_faults.popleft() if self.hub.metadata_faults else ""
         if fault[:3].isdigit():
             return self._error(int(fault[:3]), Retry_After=fault.rpartition(" ")[2] if fault[3:] else "0")
-        if self._refused(name):
+        if not self.hub.open_lists and self._refused(name):
             return None
         if not (self.hub.root / kind / name).is_dir():
             return self._error(401, "RepoNotFound")

@@ -11,7 +11,7 @@ from rlhf import catalog
 from rlhf.adapters import Preference, Prompt, Response, Unusable, adapt, normalised
 from rlhf.splits import phase_of
 
-RECORDED = Path(__file__).parents[1] / "data"
+SAMPLES = Path(__file__).parents[1] / "data"
 DIALOGUE = {"prompt": "p", "chosen": "c", "rejected": "r", "dialogue": True}
 PLAIN = {**DIALOGUE, "dialogue": False}
 SHARES = {"sft": 2.0, "reward": 4.0, "rlhf": 4.0}
@@ -114,7 +114,17 @@ def test_a_phase_takes_what_it_learns_from():
 @pytest.mark.parametrize("name", [n for n in catalog.COLUMNS if n.startswith("Dahoas/")])
 @pytest.mark.parametrize("phase", ["sft", "reward", "rlhf"])
 def test_the_seeds_datasets_are_read_in_their_own_format(name, phase):
-    for raw in json.loads((RECORDED / f"{name.split('/')[1]}.json").read_text()):
+    for raw in json.loads((SAMPLES / f"{name.split('/')[1]}.json").read_text()):
         row = adapt(raw, catalog.COLUMNS[name], phase)
         assert all(t and t == t.strip() for t in (*row.turns, *row.texts()))
         assert not any("Human:" in t or "Assistant:" in t for t in row.turns)
+
+
+@pytest.mark.parametrize("sample", json.loads((SAMPLES / "awkward.json").read_text()))
+def test_awkward_rows_are_read_or_left_out_with_the_reason(sample):
+    columns = catalog.COLUMNS[sample["dataset"]]
+    if sample["why"] is None:
+        assert all(adapt(sample["row"], columns, "reward").texts())
+    else:
+        with pytest.raises(Unusable, match=sample["why"]):
+            adapt(sample["row"], columns, "reward")

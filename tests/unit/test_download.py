@@ -82,7 +82,7 @@ def test_faults_end_in_the_right_bytes(server, tmp_path, seed):
 @pytest.mark.parametrize("fault", ["500", "429", "size", "no range"])
 def test_a_fault_that_stays_is_told_and_what_arrived_stays(server, tmp_path, fault):
     found = snapshot()
-    server.faults.extend([""] * 4 + [fault] * 100)
+    server.faults.extend([""] * 3 + [fault] * 100)  # one range of rows.data remains, whoever comes first
     with pytest.raises(UserError, match=r"attempts|another hash"):
         fetch(tmp_path, found)
     assert not (tmp_path / "here/rows.data").exists()
@@ -277,3 +277,35 @@ def test_a_proxy_of_an_unknown_kind_is_told(server):
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
     assert "UserError: cannot ask" in run.stderr
     assert "HTTP_PROXY" in run.stderr
+
+
+def test_what_is_gated_at_its_files_only_is_told(server, tmp_path, monkeypatch):
+    server.open_lists = True
+    server.secrets["a/b"] = "hf_secret"
+    server.gated.add("a/b")
+    found = snapshot()
+    with pytest.raises(
+        UserError, match=r"of dataset a/b is gated: accept its terms at .*HF_TOKEN is not set"
+    ):
+        fetch(tmp_path, found)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert is_right(server, fetch(tmp_path, found))
+
+
+def test_the_hubs_copy_in_parquet_is_a_revision(server, tmp_path):
+    folder = server.root / "datasets/a/b.convert/default/train"
+    folder.mkdir(parents=True)
+    (folder / "0000.parquet").write_bytes(b"rows")
+    found = snapshot("refs/convert/parquet")
+    downloading.download(found, ["default/train/0000.parquet"], tmp_path)
+    assert (tmp_path / "default/train/0000.parquet").read_bytes() == b"rows"
+
+
+def test_lists_and_files_come_through_a_proxy(server, tmp_path):
+    """The server is the proxy as well: the name of the Hub exists for nobody else."""
+    code = "import sys; from pathlib import Path; from rlhf import hub, download; found = hub.snapshot("
+    code += "'dataset', 'a/b', 'main', None); download.download(found, ['rows.data'], Path(sys.argv[1]))"
+    env = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": server.endpoint, "PYTHONPATH": SCRIPTS}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | env, check=True)
+    assert (tmp_path / "rows.data").read_bytes() == (server.root / "datasets/a/b/rows.data").read_bytes()
+    assert server.hosts == {"hub.invalid"}
