@@ -57,6 +57,7 @@ learn: setup
 
 bench: setup
 	$(BIN)/python tests/bench/data.py
+	$(BIN)/python tests/bench/conversion.py
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/launch.py --log logs/bench.log tests/bench/packing.py
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/bench/memory.py
 

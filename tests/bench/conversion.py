@@ -1,0 +1,79 @@
+"""Benchmark: memory of converting pickles is that of one shard, however many there are.
+
+python tests/bench/conversion.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
+SHARDS = (1, 6)
+
+
+def publish(path: Path, shards: int) -> None:
+    """Write an OPT of 300 MB as so many pickles of about the same size."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=2000, hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=12,
+        num_attention_heads=16, max_position_embeddings=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in OPTForCausalLM(config).state_dict().items()}
+    config.save_pretrained(path)
+    names = list(shapes)
+    for i in range(shards):
+        tensors = {n: torch.ones(shapes[n], dtype=torch.float16) for n in names[i::shards]}
+        torch.save(tensors, path / f"pytorch_model-{i + 1:05}-of-{shards:05}.bin")
+
+
+def child(root: Path) -> None:
+    from rlhf import weights
+
+    (root / "out").mkdir()
+    weights.Conversion.of(root / "hub")  # what the libraries take is no part of it
+    input("ready\n")
+    weights.bring(root / "hub", root / "out", root / "work", ours=False)
+
+
+def grown_mb(root: Path) -> int:
+    """Return by how much a conversion's memory grows at most, seen from outside: it may hold the GIL."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, __file__, str(root)], **pipes) as process:
+        process.stdout.readline()
+        before = peak = anonymous_mb(process.pid)
+        process.stdin.write("\n")
+        process.stdin.close()
+        while process.poll() is None:
+            peak = max(peak, anonymous_mb(process.pid))
+            time.sleep(0.001)
+    if process.returncode:
+        sys.exit("the conversion failed")
+    return peak - before
+
+
+def anonymous_mb(pid: int) -> int:
+    """Return the memory that is a process's own, in MB: what is mapped from files may go at any time."""
+    found = Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2]
+    return int(found.split()[0]) // 1024 if found else 0  # none at its end
+
+
+def main() -> None:
+    grew = {}
+    for shards in SHARDS:
+        with tempfile.TemporaryDirectory() as root:
+            publish(Path(root) / "hub", shards)
+            grew[shards] = grown_mb(Path(root))
+            print(f"{shards} pickles of 300 MB together: {grew[shards]} MB more")
+    sys.exit("converting holds more than one shard" if grew[6] > 100 else 0)
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1])) if sys.argv[1:] else main()
