@@ -18,7 +18,7 @@ SHARDS = (1, 6)
 
 
 def publish(path: Path, shards: int) -> None:
-    """Write an OPT of 300 MB as so many pickles of about the same size."""
+    """Write an OPT of 300 MB as so many pickles; the largest of six has 100 MB."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
