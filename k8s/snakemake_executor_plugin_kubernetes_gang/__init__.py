@@ -7,8 +7,11 @@ command, so that the image needs no Snakemake.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from .cluster import ApiError, Cluster, Unreachable
 from .gangs import Foreign, Gangs
 from .settings import ExecutorSettings
 from .spec import GangSpec, SpecError, parse_volume, place_of
+from .submitter import Submitter
 
 __all__ = ["Executor", "ExecutorSettings", "common_settings"]
 
@@ -56,6 +60,8 @@ class Executor(RemoteExecutor):
             ) from error
         self._reaper = reaper.Reaper(self._gangs)
         self._watcher = watcher.Watcher(self._gangs, self._site, self._say, self._show)
+        self._submitter = Submitter(self._failed)
+        _hang_up_like_ctrl_c()
 
     def _say(self, text: str) -> None:
         self.logger.info(f"kubernetes-gang: {text}")
@@ -68,22 +74,41 @@ class Executor(RemoteExecutor):
 
     def run_job(self, job: Any) -> None:
         info = SubmittedJobInfo(job=job)
-        try:
+        with self._refusals(info):
             spec = jobs.spec_of(job, self._site, self.format_job_exec)
             info.external_jobid = spec.name
-            gang = self._take_up(job, spec) or self._submit(job, spec)
+            left = self._take_up(job, spec)
+            if left:
+                self._begin(info, spec, left)
+                return
+            spec = self._prepare(job, spec)
+            self._submitter.put(lambda: self._submit(info, spec))
+
+    @contextmanager
+    def _refusals(self, info: SubmittedJobInfo) -> Iterator[None]:
+        """Report what keeps a gang from being made as its job's error."""
+        try:
+            yield
         except (SpecError, Foreign) as error:
             self.report_job_error(info, msg=f"{error}. ")
-            return
         except ApiError as error:
-            self.report_job_error(info, msg=f"The cluster refuses {jobs.rule_name(job)}: {error}. ")
-            return
-        info.aux = {"watch": self._watcher.begin(job, spec, gang)}
+            self.report_job_error(info, msg=f"The cluster refuses {jobs.rule_name(info.job)}: {error}. ")
+
+    def _submit(self, info: SubmittedJobInfo, spec: GangSpec) -> None:
+        """In a thread of the submitter: a request takes a while, and many can be under way."""
+        with self._refusals(info):
+            self._begin(info, spec, self._gangs.create(spec))
+
+    def _begin(self, info: SubmittedJobInfo, spec: GangSpec, gang: dict[str, Any]) -> None:
+        info.aux = {"watch": self._watcher.begin(info.job, spec, gang)}
         self.report_job_submission(info, register_job=False)
+
+    def _failed(self, error: Exception) -> None:
+        self.workflow.scheduler.executor_error_callback(error)
 
     def _take_up(self, job: Any, spec: GangSpec) -> dict[str, Any] | None:
         """Return the gang that an earlier controller has left, if it is what the job asks for."""
-        left = self._gangs.find(spec)
+        left = None if self._gangs.is_new(spec) else self._gangs.find(spec)
         if not left:
             return None
         why_not = self._why_not(left, job, spec)
@@ -113,7 +138,7 @@ class Executor(RemoteExecutor):
             return "its output is not there any more"
         return "its shadow directory is lost" if getattr(job.rule, "shadow_depth", None) else ""
 
-    def _submit(self, job: Any, spec: GangSpec) -> dict[str, Any]:
+    def _prepare(self, job: Any, spec: GangSpec) -> GangSpec:
         if jobs.is_direct(job):
             # What a Snakemake in the pod would do before it runs the command: remove old outputs.
             self.workflow.async_run(job.prepare())
@@ -121,7 +146,7 @@ class Executor(RemoteExecutor):
         # Before the gang is there: a controller that dies right after must not take its half-written
         # outputs for complete ones.
         job.register(external_jobid=spec.name)
-        return self._gangs.create(spec)
+        return spec
 
     # -- watching ---------------------------------------------------------------------------
 
@@ -161,8 +186,12 @@ class Executor(RemoteExecutor):
         super().handle_job_error(job)
         self._reaper.put(self._watcher.forget(job))
 
+    def cancel(self) -> None:
+        self._submitter.stop()
+        super().cancel()
+
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
-        gangs = [info.aux["watch"] for info in active_jobs if info.aux]
+        gangs = self._watcher.watches()  # `active_jobs` is empty while their status is being looked at
         names = ", ".join(watch.spec.name for watch in gangs)
         if not gangs:
             return
@@ -175,9 +204,25 @@ class Executor(RemoteExecutor):
 
     def shutdown(self) -> None:
         super().shutdown()
+        self._submitter.stop()
         self._watcher.stop()
         self._reaper.finish()
         self._gangs.stop()
+
+
+def _hang_up_like_ctrl_c() -> None:
+    """A terminal that goes away ends Snakemake as Ctrl-C does, but nobody is asked: gangs are left running.
+
+    By default it would die on the spot, and leave its lock. Under nohup it goes on.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _hung_up)
+
+
+def _hung_up(*_: Any) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell may send it again
+    raise KeyboardInterrupt
 
 
 def _on_exit(setting: str, names: str) -> str:
@@ -188,7 +233,7 @@ def _on_exit(setting: str, names: str) -> str:
         return "leave"
     try:
         answer = input(f"Running: {names}. [l]eave them running or [c]ancel them? [l] ")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):
         return "leave"
     return "cancel" if answer.strip().lower().startswith("c") else "leave"
 

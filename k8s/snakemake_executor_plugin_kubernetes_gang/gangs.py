@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import manifest, status
-from .cluster import ApiError, Cluster, wait
+from .cluster import REQUEST_S, ApiError, Cluster, wait
 from .entrypoint import POLL_S
 from .mirror import Mirror
 from .spec import GangSpec
@@ -19,6 +19,7 @@ Json = dict[str, Any]
 # A pod looks at its token every POLL_S; a shared file system may show it an old one for some time.
 FENCE_S = 3 * POLL_S + 6
 HELPER_TRIES = 5
+CONFLICT_TRIES = 5
 UNANSWERED_S = 15  # beyond a pod's grace period: its node does not answer
 
 
@@ -34,6 +35,7 @@ class Gangs:
         selector = f"{manifest.LABEL_PLACE}={place}"
         self.pods = Mirror(cluster, "Pod", selector, manifest.LABEL_GANG)
         self.objects = {kind: Mirror(cluster, kind, selector, manifest.LABEL_GANG) for kind in kinds}
+        self._used: set[str] = set()  # names that this controller has asked for
 
     def start(self) -> None:
         """Check that the credentials suffice, then watch.
@@ -45,6 +47,8 @@ class Gangs:
             self.cluster.once("GET", self.cluster.path(kind), {"limit": 1})
         for mirror in self._mirrors():
             mirror.start()
+        for mirror in self._mirrors():
+            mirror.synced.wait(REQUEST_S)
 
     def stop(self) -> None:
         for mirror in self._mirrors():
@@ -55,12 +59,23 @@ class Gangs:
 
     # -- looking ----------------------------------------------------------------------------
 
+    def is_new(self, spec: GangSpec) -> bool:
+        """Whether nothing of this name is in the cluster, as far as can be told without asking it.
+
+        The mirrors know what was there at the start; since then only we have made gangs here. What a
+        dead controller's last request makes after that is found by `create`.
+        """
+        mirrors = self._mirrors()
+        known = spec.name in self._used or any(mirror.of(spec.name) for mirror in mirrors)
+        return all(mirror.synced.is_set() for mirror in mirrors) and not known
+
     def find(self, spec: GangSpec) -> Json | None:
         """Return the gang of this name, as the API server has it now.
 
         Raises:
             Foreign: the name is taken by somebody else.
         """
+        self._used.add(spec.name)
         kind = manifest.kind_of(spec)
         found = self.cluster.get(kind, spec.name)
         if found and found["metadata"].get("labels", {}).get(manifest.LABEL_PLACE) != self.place:
@@ -106,8 +121,24 @@ class Gangs:
 
         Raises:
             ApiError: the cluster refuses it.
+            Foreign: the name is not free after all.
         """
-        self._clear(spec)
+        if not self.is_new(spec):
+            self._clear(spec)
+        self._used.add(spec.name)
+        for attempt in range(CONFLICT_TRIES):
+            try:
+                return self._create_with_helpers(spec)
+            except ApiError as error:
+                if error.status != 409 or attempt == CONFLICT_TRIES - 1:
+                    raise
+                # A dead controller's last request has made it, or two requests wrote to one quota.
+                left = self.find(spec)
+                if left:
+                    self.remove(left, spec)
+        raise AssertionError("not reached")
+
+    def _create_with_helpers(self, spec: GangSpec) -> Json:
         write_state(spec)
         *helpers, body = manifest.manifests(spec)
         made = []

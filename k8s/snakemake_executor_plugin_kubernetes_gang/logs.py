@@ -16,6 +16,8 @@ from . import status
 from .cluster import CONNECTION_ERRORS, ApiError, Cluster, Unreachable
 
 TAIL_LINES = 200
+AGAIN_S = 5.0  # after a stream that ended well: most often the container has, too
+LAST_TRIES = 3
 LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d)) ?(.*)$", re.DOTALL)
 
 
@@ -59,7 +61,10 @@ def resume(path: Path) -> Position:
 
 
 class Follower(threading.Thread):
-    """Copies a pod's log to a file, and its lines to `show`, until the container has ended."""
+    """Copies a pod's log to a file, and its lines to `show`, until the container has ended.
+
+    One that is ended without having been started copies the whole log with one request.
+    """
 
     def __init__(self, cluster: Cluster, pod: status.Json, path: Path, show: Callable[[str], None]):
         super().__init__(name=f"log-{pod['metadata']['name']}", daemon=True)
@@ -70,6 +75,8 @@ class Follower(threading.Thread):
     def end(self, timeout_s: float = 15.0) -> None:
         """The container has ended: read what is left, then stop."""
         self._ended.set()
+        if self.ident is None:
+            self.start()
         self.join(timeout_s)
 
     def run(self) -> None:
@@ -86,9 +93,9 @@ class Follower(threading.Thread):
                     attempt += 1
                 except (Unreachable, *CONNECTION_ERRORS):
                     attempt += 1
-                if last and (attempt == 0 or attempt > 5):
+                if last and (attempt == 0 or attempt >= LAST_TRIES):
                     return
-                self._ended.wait(min(10.0, 0.5 * 2 ** min(attempt, 5)))
+                self._ended.wait(min(10.0, 0.5 * 2 ** min(attempt, 5)) if attempt else AGAIN_S)
 
     def _copy(self, position: Position, file: Any, *, follow: bool) -> None:
         answer = self._cluster.log(
@@ -129,6 +136,12 @@ def tail(cluster: Cluster, pod: status.Json) -> str:
     except (ApiError, Unreachable, *CONNECTION_ERRORS):
         return message
     return text or message
+
+
+def end_of(path: Path) -> str:
+    """Return the end of a stored log, as the command wrote it."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return without_stamps(b"".join(lines[-TAIL_LINES:])).decode(errors="replace")
 
 
 def without_stamps(text: bytes) -> bytes:

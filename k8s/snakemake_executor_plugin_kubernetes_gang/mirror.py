@@ -24,6 +24,7 @@ class Mirror(threading.Thread):
         self._lock = threading.Lock()
         self._objects: dict[str, dict[str, Json]] = {}
         self._gone: set[str] = set()
+        self._version = ""
         self._stopped = threading.Event()
         self.synced = threading.Event()
 
@@ -52,28 +53,39 @@ class Mirror(threading.Thread):
         attempt = 0
         while not self._stopped.is_set():
             try:
-                items, version = self._cluster.list_version(self._kind, self._selector)
+                items, self._version = self._cluster.list_version(self._kind, self._selector)
                 self._replace(items)
                 self.synced.set()
-                self._follow(version)
-                attempt = 0
-            except ApiError as error:  # 410: our version is too old, the list starts anew
-                if error.status != 410:
+                self._follow()
+            except ApiError as error:
+                if error.status != 410:  # 410: our version is too old, the list starts anew
                     wait(attempt, error.retry_after_s)
                     attempt += 1
-            except Unreachable:  # the list, which comes next, says so if it lasts
-                wait(attempt)
-                attempt += 1
 
-    def _follow(self, version: str) -> None:
-        """Watch on and on from `version`; bookmarks keep it fresh."""
+    def _follow(self) -> None:
+        """Watch on and on from the last version, which bookmarks keep fresh.
+
+        Raises:
+            ApiError: nothing is to be had from that version any more.
+        """
+        breaks = 0
         while not self._stopped.is_set():
-            for change in self._cluster.watch(self._kind, self._selector, version):
-                self._cluster.is_back()
-                thing = {"kind": self._kind, **change["object"]}
-                version = thing["metadata"]["resourceVersion"]
-                if change["type"] != "BOOKMARK":
-                    self._put(thing, gone=change["type"] == "DELETED")
+            try:
+                for change in self._cluster.watch(self._kind, self._selector, self._version):
+                    breaks = 0
+                    self._cluster.is_back()
+                    self._take(change)
+            except Unreachable as error:
+                if breaks:  # once is nothing: connections that are idle are cut
+                    self._cluster.is_away(str(error))
+                wait(breaks)
+                breaks += 1
+
+    def _take(self, change: Json) -> None:
+        thing = {"kind": self._kind, **change["object"]}
+        self._version = thing["metadata"]["resourceVersion"]
+        if change["type"] != "BOOKMARK":
+            self._put(thing, gone=change["type"] == "DELETED")
 
     def _replace(self, items: Iterable[Json]) -> None:
         """Take over a whole list: what it does not hold is gone."""

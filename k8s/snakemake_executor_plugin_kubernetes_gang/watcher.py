@@ -20,6 +20,8 @@ BROKEN_S = 20.0  # for a gang's own controller to notice that a pod is gone
 # Seconds after which what does not start will not: pulls and mounts are tried again by the kubelet.
 PATIENCE_S = {"image": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300}
 CONFIG_PATIENCE_S = 60
+# Logs that stream at a time: each is a connection and a thread. Of other gangs the log comes at the end.
+STREAMS = 32
 WAITS_FOR_ITS_TURN = ("unschedulable", "quota", "queue")
 
 
@@ -58,6 +60,7 @@ class Watcher:
     ):
         self._gangs, self._site, self._say, self._show = gangs, site, say, show
         self._watches: dict[int, Watch] = {}  # by the job's identity
+        self._streaming: set[int] = set()
         self._news = News(gangs.cluster, say)
 
     def begin(self, job: Any, spec: GangSpec, gang: Json) -> Watch:
@@ -68,10 +71,15 @@ class Watcher:
     def forget(self, job: Any) -> Json | None:
         """Stop watching a job's gang and return its object."""
         watch = self._watches.pop(id(job), None)
+        self._streaming.discard(id(job))
         return watch.gang if watch else None
 
+    def watches(self) -> list[Watch]:
+        """Return all gangs under observation."""
+        return list(self._watches.values())
+
     def stop(self) -> None:
-        for watch in self._watches.values():
+        for watch in self.watches():
             if watch.follower:
                 watch.follower.end(timeout_s=1.0)
 
@@ -107,18 +115,18 @@ class Watcher:
     # -- while it runs ----------------------------------------------------------------------
 
     def _follow(self, watch: Watch, now: status.Status) -> None:
-        if watch.follower or not now.pods or status.rank(now.pods[0]) != 0:
+        if watch.follower or len(self._streaming) >= STREAMS:
             return
-        state = status.container(now.pods[0]).get("state", {})
-        if "running" in state or "terminated" in state:
-            name = watch.spec.name
-            watch.follower = logs.Follower(
-                self._gangs.cluster,
-                now.pods[0],
-                self._log_path(watch, 0),
-                lambda line: self._show(name, line),
-            )
+        if not now.pods or status.rank(now.pods[0]) != 0:
+            return
+        if "running" in status.container(now.pods[0]).get("state", {}):
+            self._streaming.add(id(watch.job))
+            watch.follower = self._follower(watch, now.pods[0])
             watch.follower.start()
+
+    def _follower(self, watch: Watch, pod: status.Json) -> logs.Follower:
+        name, path = watch.spec.name, self._log_path(watch, 0)
+        return logs.Follower(self._gangs.cluster, pod, path, lambda line: self._show(name, line))
 
     def _log_path(self, watch: Watch, rank: int) -> Path:
         """One file per rank and submission: a gang that is taken up again goes on with its own."""
@@ -245,16 +253,22 @@ class Watcher:
         return Verdict(False, f"{cause.sentence()}{again}", logs=[str(p) for p in self._stored(watch)])
 
     def _collect(self, watch: Watch, now: status.Status) -> dict[int, str]:
-        """Store the end of every rank's log; rank 0's is stored whole by its follower."""
+        """Store the end of every rank's log; rank 0's whole, by its follower."""
         if watch.follower:
             watch.follower.end()
         tails = {}
         for pod in now.pods:
             rank = status.rank(pod)
-            tails[rank] = logs.tail(self._gangs.cluster, pod)
-            if rank or not watch.follower:
+            tails[rank] = self._whole(watch, pod) if rank == 0 else logs.tail(self._gangs.cluster, pod)
+            if rank:
                 self._log_path(watch, rank).write_text(tails[rank])
         return tails
+
+    def _whole(self, watch: Watch, pod: status.Json) -> str:
+        """Store rank 0's log, where it has not been streamed, and return its end."""
+        if not watch.follower:
+            self._follower(watch, pod).end()
+        return logs.end_of(self._log_path(watch, 0)) or str(status.terminated(pod).get("message", ""))
 
     def _stored(self, watch: Watch) -> list[Path]:
         uid = watch.gang["metadata"]["uid"][:8]

@@ -1,7 +1,8 @@
 """A real cluster for tests, and Snakemake on it as uid 1000 with the rights of k8s/base and no more.
 
-The test cluster is started from K8S_TEST_CLUSTER or ../shared/cluster. It has no registry: pods get this
-machine's Python by hostPath mounts.
+The test cluster is started from K8S_TEST_CLUSTER or ../shared/cluster; with K8S_CLUSTER_MAY_BE_USED=1 it is
+the one that KUBECONFIG names, and its claim K8S_VOLUME (claim:/path) is at that path here too. There need be
+no registry: pods get this machine's Python by hostPath mounts, unless K8S_IMAGE names an image that has it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from snakemake_executor_plugin_kubernetes_gang import spec
 
 REPO = Path(__file__).resolve().parents[2]
-NAMESPACE, CLAIM, IMAGE = "rlhf", "rlhf", "localhost/base:1"
-OWNER = 1000
+NAMESPACE = "rlhf"
+OURS = os.environ.get("K8S_CLUSTER_MAY_BE_USED") != "1"  # started by the tests, with root on its nodes
+CLAIM, _, MOUNTED_AT = os.environ.get("K8S_VOLUME", "rlhf:").partition(":")
+IMAGE = os.environ.get("K8S_IMAGE", "localhost/base:1")
+OWNER = os.getuid() or 1000
 PACKAGES = ("containerd", "runc", "iptables", "ip", "openssl", "curl", "xz", "setpriv")
 
 
@@ -31,12 +36,35 @@ def scripts() -> Path:
 
 def why_not() -> str:
     """Return why there is no cluster to be had here; empty if there is."""
+    if not OURS:
+        return why_not_theirs()
     if not (scripts() / "cluster").exists():
         return f"no test cluster at {scripts()} (K8S_TEST_CLUSTER)"
     if os.getuid() != 0:
         return "the test cluster needs root"
     missing = [name for name in PACKAGES if not shutil.which(name)]
     return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def why_not_theirs() -> str:
+    """The same for a cluster that KUBECONFIG names."""
+    if not kubeconfig().is_file():
+        return "K8S_CLUSTER_MAY_BE_USED is set, but KUBECONFIG names no file: set it to the cluster's"
+    if not shutil.which(kubectl_command()[0]):
+        return "kubectl is not installed"
+    if not kubectl("get", "pvc", CLAIM, "-n", NAMESPACE, check=False):
+        return f"there is no claim {CLAIM} in the namespace {NAMESPACE}, or no answer: make it, or set K8S_VOLUME=claim:/path"
+    return (
+        ""
+        if volume().is_dir()
+        else f"the claim {CLAIM} is not at {volume()} here: set K8S_VOLUME=claim:/path"
+    )
+
+
+def needs_nodes(what: str) -> None:
+    """Skip what only root on the nodes can do, where they are not ours."""
+    if not OURS:
+        pytest.skip(f"{what}: needs root on the nodes of the cluster that KUBECONFIG names")
 
 
 def directory() -> Path:
@@ -78,18 +106,22 @@ def start_cluster() -> None:
 
 
 def volume() -> Path:
-    return directory() / "pvc"
+    return Path(MOUNTED_AT) if MOUNTED_AT else directory() / "pvc"
+
+
+def kubeconfig() -> Path:
+    """An administrator's credentials."""
+    return directory() / "kubeconfig" if OURS else Path(os.environ.get("KUBECONFIG", ""))
+
+
+def kubectl_command() -> list[str]:
+    own = directory() / "bin" / "kubernetes"
+    return [str(own), "kubectl"] if own.exists() else ["kubectl"]
 
 
 def kubectl(*arguments: str, given: object = None, check: bool = True) -> str:
     text = None if given is None else json.dumps(given)
-    command = [
-        str(directory() / "bin" / "kubernetes"),
-        "kubectl",
-        "--kubeconfig",
-        str(directory() / "kubeconfig"),
-        *arguments,
-    ]
+    command = [*kubectl_command(), "--kubeconfig", str(kubeconfig()), *arguments]
     run = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if check and run.returncode:
         raise AssertionError(f"kubectl {' '.join(arguments)}: {run.stderr}")
@@ -120,19 +152,20 @@ def wait_until(what: str, condition, limit_s: float = 60.0, every_s: float = 0.3
 def credentials(path: Path) -> None:
     """Write a kubeconfig of the ServiceAccount of k8s/base, readable for the volume's owner."""
     token = kubectl("create", "token", "snakemake", "-n", NAMESPACE, "--duration", "8h").strip()
-    admin = yaml.safe_load((directory() / "kubeconfig").read_text())
+    admin = json.loads(kubectl("config", "view", "--minify", "--flatten", "-o", "json"))
     admin["users"] = [{"name": "snakemake", "user": {"token": token}}]
     admin["contexts"][0]["context"].update(user="snakemake", namespace=NAMESPACE)
     path.write_text(yaml.safe_dump(admin))
     path.chmod(0o600)
-    os.chown(path, OWNER, OWNER)
+    own(path)
 
 
 def pod_template(path: Path, **main) -> Path:
-    """Write the pod template that brings this machine's Python into pods."""
+    """Write the pod template that brings this machine's Python into pods, where the image has none."""
     venv = Path(sys.prefix)
     mounted = ["/usr", "/lib", "/lib64", sys.base_prefix, str(venv), str(REPO)]
     mounted = sorted({p for p in mounted if not any(p != q and Path(p).is_relative_to(q) for q in mounted)})
+    mounted = [] if "K8S_IMAGE" in os.environ else mounted
     mounts = [{"name": f"host-{n}", "mountPath": p, "readOnly": True} for n, p in enumerate(mounted)]
     volumes = [{"name": f"host-{n}", "hostPath": {"path": p}} for n, p in enumerate(mounted)]
     env = [{"name": "PATH", "value": f"{venv}/bin:/usr/local/bin:/usr/bin:/bin"}, *main.pop("env", [])]
@@ -151,8 +184,16 @@ def pod_template(path: Path, **main) -> Path:
     return path
 
 
+def own(path: Path) -> None:
+    """Give a file, or all of a directory, to uid 1000; who is not root is the owner."""
+    if os.getuid() == 0:
+        subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", str(path)], check=True)
+
+
 def as_owner() -> list[str]:
     """A command that runs another as uid 1000. It may read what root may: this machine's Python."""
+    if os.getuid():
+        return []
     caps = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     return ["setpriv", f"--reuid={OWNER}", f"--regid={OWNER}", "--clear-groups", *caps]
 
@@ -172,12 +213,12 @@ class Workdir:
         self.cwd = self.path
 
     def give(self) -> None:
-        subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", str(self.path)], check=True)
+        own(self.path)
 
     def write(self, name: str, text: str) -> Path:
         path = self.path / name
         path.write_text(text)
-        os.chown(path, OWNER, OWNER)
+        own(path)
         return path
 
     def environment(self) -> dict[str, str]:

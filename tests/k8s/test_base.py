@@ -49,6 +49,11 @@ def test_the_pods_of_a_job_and_the_driver_fit_a_restricted_namespace(restricted)
         harness.kubectl("create", "--dry-run=server", "-n", restricted, "-f", "-", given=pod)
 
 
+@pytest.fixture
+def audited():
+    harness.needs_nodes("what the controllers have asked for, from the API server's audit log")
+
+
 def used_rights() -> tuple[set[tuple[str, str, str]], set[tuple[str, str, str]]]:
     """What the ServiceAccount of k8s/base has asked for in this session: allowed, and refused."""
     allowed, refused = set(), set()
@@ -73,13 +78,13 @@ def granted_rights() -> set[tuple[str, str, str]]:
     return granted
 
 
-def test_no_right_is_missing():
+def test_no_right_is_missing(audited):
     allowed, refused = used_rights()
     # An API server that has just started refuses for a moment what it grants before and after.
     assert not refused - allowed, "controllers have asked for what k8s/base does not grant"
 
 
-def test_no_right_is_unused(request):
+def test_no_right_is_unused(audited, request):
     ran = {item.path.stem.removeprefix("test_") for item in request.session.items}
     if not ran >= ALL:
         pytest.skip(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -143,6 +145,26 @@ def test_ctrl_c_without_a_terminal_leaves_the_gang_and_it_is_adopted(workdir):
     assert runs(place) == 1
 
 
+def test_a_terminal_that_goes_away_leaves_the_gang_and_it_is_taken_up_again(workdir):
+    """As when a connection is lost: the kernel sends SIGHUP, there is nobody to ask, and no lock is left."""
+    place = workdir(counting(12))
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    wait_until("it runs", lambda: _read(controller) and runs(place))
+    os.close(controller)
+    assert process.wait(60) != 0
+    assert not ended(place), "the gang runs on"
+    assert place.objects("jobs")
+    code, said = place.run()
+    assert code == 0, said
+    assert "re-attached to the running gang" in said
+    assert runs(place) == 1
+
+
 def test_ctrl_c_cancels_where_this_is_set(workdir):
     place = workdir(counting(60))
     first = place.start("--kubernetes-gang-on-exit", "cancel")
@@ -210,7 +232,7 @@ def test_gc_removes_what_nobody_waits_for_and_nothing_else(workdir):
     }  # fmt: skip
     harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=service)
     command = [sys.executable, "-m", "snakemake_executor_plugin_kubernetes_gang", "gc", "--hours", "0"]
-    environment = {**place.environment(), "KUBECONFIG": str(harness.directory() / "kubeconfig")}
+    environment = {**place.environment(), "KUBECONFIG": str(harness.kubeconfig())}
     shown = subprocess.run(command, env=environment, input="n\n", capture_output=True, text=True, check=True)
     assert "has succeeded" in shown.stdout
     assert "Service left: belongs to no gang" in shown.stdout

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
+import urllib.request
 
 import pytest
 from test_life import counting, runs, steps
@@ -14,6 +17,7 @@ from harness import wait_until
 @pytest.fixture(scope="module")
 def outage():
     """Three gangs: etcd, a container runtime and a pod go away, then the API server for a minute."""
+    harness.needs_nodes("an outage of etcd, of a container runtime, of the API server")
     long = harness.Workdir("outage-long", counting(100, nodes=2))
     short = harness.Workdir("outage-short", counting(50))
     deleted = harness.Workdir("outage-deleted", counting(12, nodes=2, retries=1))
@@ -68,8 +72,49 @@ def test_a_deleted_pod_restarts_its_gang_from_the_checkpoint(outage):
     assert said.count(" step 2\n") == 1, "the second attempt began after the checkpoint"
 
 
+def test_a_watch_whose_version_etcd_has_compacted_loses_no_job(workdir):
+    """410 Gone: the API server comes back without the history that the watches would go on from."""
+    harness.needs_nodes("a compaction of etcd")
+    place = workdir(counting(30))
+    process = place.start()
+    wait_until("it runs", lambda: steps(place) >= 3, 120)
+    version = place.objects("pods")[0]["metadata"]["resourceVersion"]
+    harness.cluster("stop", "apiserver")
+    compact_etcd()
+    before = lists_of_pods()
+    wait_until("it ends", lambda: (place.path / "done.txt").exists())
+    harness.cluster("start", "apiserver")
+    assert process.wait(180) == 0, place.said()
+    assert runs(place) == 1
+    query = f"watch=true&resourceVersion={version}&timeoutSeconds=1"
+    path = f"/api/v1/namespaces/{harness.NAMESPACE}/pods?{query}"
+    assert '"code":410' in harness.kubectl("get", "--raw", path), "the version that was watched is gone"
+    assert lists_of_pods() > before, "the controller has listed anew"
+
+
+def compact_etcd() -> None:
+    """Drop etcd's history up to now, through its own API."""
+    found = etcd("kv/range", key=base64.b64encode(b"x").decode())
+    etcd("kv/compaction", revision=found["header"]["revision"], physical=True)
+
+
+def etcd(path: str, **body) -> dict:
+    port = 3379  # of ../shared/cluster
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v3/{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def lists_of_pods() -> int:
+    """How often controllers have listed all their pods; one that looks for a gang's names it."""
+    events = map(json.loads, harness.audit_log().read_text().splitlines())
+    uris = [event["requestURI"] for event in events if event["verb"] == "list"]
+    return sum("/pods?limit=500&labelSelector=" in uri and "%2C" not in uri for uri in uris)
+
+
 def test_a_lost_node_restarts_the_gang_on_the_other(workdir):
     """Its pods run on, beyond the cluster's reach: they are stopped through the volume."""
+    harness.needs_nodes("a lost node")
     place = workdir(counting(150, retries=1))
     process = place.start()
     wait_until("it has a checkpoint", lambda: steps(place) >= 3, 120)

@@ -82,7 +82,8 @@ def test_faults_end_in_the_right_bytes(server, tmp_path, seed):
 @pytest.mark.parametrize("fault", ["500", "429", "size", "no range"])
 def test_a_fault_that_stays_is_told_and_what_arrived_stays(server, tmp_path, fault):
     found = snapshot()
-    server.faults.extend([""] * 3 + [fault] * 100)  # one range of rows.data remains, whoever comes first
+    # Three: whichever file is first, the last of the four ranges of rows.data meets the fault.
+    server.faults.extend([""] * 3 + [fault] * 100)
     with pytest.raises(UserError, match=r"attempts|another hash"):
         fetch(tmp_path, found)
     assert not (tmp_path / "here/rows.data").exists()

@@ -198,3 +198,25 @@ def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
     assert "resourceVersion=9&" in watched[1], "a bookmark moves the version on"
     state = {thing["metadata"]["uid"]: mirror.is_gone(thing) for thing in mirror.of("a")}
     assert state == {"one": True, "two": True, "three": False}
+
+
+def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, cluster):
+    server.script[:] = [
+        listed("1", "one"),
+        changes(change("ADDED", "two", "2")),
+        "drop",
+        "drop",
+        changes(change("DELETED", "one", "3")),
+        *["drop"] * 50,
+    ]
+    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror.start()
+    until = time.monotonic() + 10
+    while len(server.seen) < 6 and time.monotonic() < until:
+        time.sleep(0.05)
+    mirror.stop()
+    versions = [path.split("resourceVersion=")[1].split("&")[0] for _, path, _ in server.seen[1:5]]
+    assert versions == ["1", "2", "2", "2"]
+    state = {thing["metadata"]["uid"]: mirror.is_gone(thing) for thing in mirror.of("a")}
+    assert state == {"one": True, "two": False}
+    assert len([text for text in cluster.said if "answers again" in text]) == 1

@@ -33,3 +33,28 @@ def test_a_controller_that_starts_again_goes_on_where_the_file_ends(tmp_path):
 
 def test_a_stored_log_without_its_stamps():
     assert logs.without_stamps(f"{S.format(1)} a b\n{S.format(2)} \n".encode()) == b"a b\n\n"
+
+
+class OneLog:
+    """A cluster with one pod whose log is there as a whole."""
+
+    def __init__(self, text):
+        self.text, self.asked = text, []
+
+    def log(self, pod, container, **query):
+        self.asked.append(query)
+        return self
+
+    def stream(self, **_):
+        yield self.text
+
+    def close(self):
+        pass
+
+
+def test_a_log_that_was_not_streamed_comes_with_one_request(tmp_path):
+    cluster, shown, path = OneLog(f"{S.format(1)} a\n{S.format(2)} b\n".encode()), [], tmp_path / "log"
+    logs.Follower(cluster, {"metadata": {"name": "one"}}, path, shown.append).end()
+    assert shown == ["a", "b"]
+    assert cluster.asked == [{"timestamps": "true"}]
+    assert logs.end_of(path) == "a\nb\n"
