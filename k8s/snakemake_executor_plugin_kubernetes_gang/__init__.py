@@ -197,6 +197,8 @@ class Executor(RemoteExecutor):
             return
         if _on_exit(self._site.settings.on_exit, names) == "leave":
             self._say(f"left running: {names}. The same command takes them up again")
+            # It would remove directories that are empty, and that the gangs will write to.
+            self.workflow.dag.cleanup_workdir = lambda: None
             return
         self._say(f"cancelling {names}")
         for watch in gangs:

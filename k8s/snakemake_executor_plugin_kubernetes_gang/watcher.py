@@ -79,9 +79,11 @@ class Watcher:
         return list(self._watches.values())
 
     def stop(self) -> None:
+        """Let no log stream hold up Snakemake's end: all together have a second."""
+        until = time.monotonic() + 1.0
         for watch in self.watches():
             if watch.follower:
-                watch.follower.end(timeout_s=1.0)
+                watch.follower.end(timeout_s=max(0.0, until - time.monotonic()))
 
     def look(self, watch: Watch) -> Verdict | None:
         """Return how a gang has ended, None while it has not.

@@ -33,7 +33,7 @@ def outage():
         harness.cluster("start", component)
     harness.cluster("stop", "apiserver")
     time.sleep(60)
-    ended_meanwhile = (short.path / "done.txt").exists()
+    ended_meanwhile = (short.path / "out/done.txt").exists()
     before = [process.poll() for process in processes[:2]]
     harness.cluster("start", "apiserver")
     # The cluster's own controllers take a minute and more to find back.
@@ -82,7 +82,7 @@ def test_a_watch_whose_version_etcd_has_compacted_loses_no_job(workdir):
     harness.cluster("stop", "apiserver")
     compact_etcd()
     before = lists_of_pods()
-    wait_until("it ends", lambda: (place.path / "done.txt").exists())
+    wait_until("it ends", lambda: (place.path / "out/done.txt").exists())
     harness.cluster("start", "apiserver")
     assert process.wait(180) == 0, place.said()
     assert runs(place) == 1
