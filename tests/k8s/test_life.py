@@ -18,7 +18,8 @@ import pytest
 import harness
 from harness import kill, wait_until
 
-# The output lies in a directory of its own: Snakemake removes empty ones when it ends. Each run of the command leaves a line in `runs`; checkpoints go to an undeclared file.
+# Each run of the command leaves a line in `runs`; checkpoints go to an undeclared file. The output lies in a
+# directory of its own: Snakemake removes empty ones when it ends.
 COUNTING = r"""
 rule count:
     output: "out/done.txt"
