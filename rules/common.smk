@@ -39,18 +39,14 @@ def refuse_unknown_targets(plan, settings):
 
 
 def refuse_unusable_volume(pvc):
-    """Refuse a volume that cannot be written to, before anything starts."""
-    place = Path(pvc)
-    try:
-        if pvc.startswith("~"):
-            raise OSError("a shell's name, not a path")
-        place.mkdir(parents=True, exist_ok=True)
-        usable = os.access(place, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
+    """Refuse a volume that is not there or cannot be written to, before anything starts.
+
+    It is not made: where a mount is missing, a directory in its place would fill this machine's disk.
+    """
+    if not (Path(pvc).is_dir() and os.access(pvc, os.W_OK)):
         raise UserError(
-            f"pvc = {pvc!r}: should be a directory that can be written to, by its path from / or from here"
+            f"pvc = {pvc!r}: should be a directory that is there and can be written to, by its path from / or"
+            " from here: make it, mount it, or correct pvc"
         )
 
 
@@ -166,7 +162,7 @@ def refuse_missing_gpus():
     for job in workflow.dag.needrun_jobs():
         if job.resources.get("gpus", 0) > there:
             print(
-                f"error: {job.message or job.rule.name} asks for {job.resources.gpus} GPUs, this machine has"
+                f"error: {job.message or job.rule.name} asks for gpus = {job.resources.gpus}, this machine has"
                 f" {there}: run it on a cluster (--profile profiles/kubernetes), or give the scenario a run"
                 " with gpus: 0",
                 file=sys.stderr,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from rlhf import parallel
 from rlhf.errors import UserError, run_main
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.models import load_actor
@@ -35,12 +36,15 @@ def main() -> None:
     if not (args.model / "config.json").exists():
         raise UserError(f"{args.model} is no model directory (no config.json); make it with snakemake")
     tokenizer = load_tokenizer(args.model)
-    model = load_actor(args.model, torch.float32).eval()
+    where = parallel.device()
+    # CPUs are slow in 16 bits, and GPUs hold what was saved.
+    model = load_actor(args.model, torch.float32 if where.type == "cpu" else "auto").eval().to(where)
     sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if args.prompt is not None:
         print(answer(model, tokenizer, [args.prompt], sampling, seed))
         return
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     turns: list[str] = []
     while (line := _read()) is not None:
         if not line.strip():
@@ -57,12 +61,12 @@ def main() -> None:
 def at_least(kind: type, least: float) -> Callable[[str], float]:
     """Return a reader of an argument that refuses what is below `least`."""
 
-    def read(text: str) -> float:
+    def number(text: str) -> float:
         if not (value := kind(text)) >= least:
             raise argparse.ArgumentTypeError(f"{text} is below {least}")
         return float(value) if kind is float else int(value)
 
-    return read
+    return number
 
 
 def _read() -> str | None:
@@ -89,7 +93,7 @@ def answer(
         ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
         if len(ids) <= room:
             noise = uniforms(seed, 0, [0], sampling.max_new_tokens)
-            made = generate(model, pad([ids], sampling.pad_id, side="left"), sampling, noise)
+            made = generate(model, pad([ids], sampling.pad_id, side="left").to(model.device), sampling, noise)
             return str(tokenizer.decode(made.responses[0], skip_special_tokens=True)).strip()
     raise UserError(
         f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the reply at most"

@@ -50,7 +50,7 @@ def main() -> None:
     wanted = plan.plan(settings, codehash.digest, lambda source: store.fingerprint(Path(source)))
     volume = upkeep.Volume(Path(), wanted)
     if args.command == "ls":
-        print("\n".join(volume.listing()))
+        print("\n".join(volume.listing()) or "there is no artefact yet")
     elif args.command == "why":
         print("\n".join(volume.why(args.name)))
     elif args.command == "adopt":
@@ -93,7 +93,7 @@ def verify(volume: upkeep.Volume, names: list[str]) -> None:
     if wrong:
         lines = [f"{path}: {text}" for path, texts in wrong.items() for text in texts]
         raise UserError("artefacts differ from their provenance:\n  " + "\n  ".join(lines))
-    print(f"{len(paths)} artefacts are whole")
+    print(f"whole: {len(paths)} artefact{'s' if len(paths) != 1 else ''}")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def table(rows: Sequence[dict[str, Any]], figures: dict[str, float]) -> str:
     names = [n.removesuffix("_after") for n in figures if n.endswith("_after")]
     for name in names:
         before, after = figures[f"{name}_before"], figures[f"{name}_after"]
-        lines.append(f"{name:<22} {before:+9.3f} {after:+9.3f}")
+        sign = "+" if name in ("score", "judged") else ""
+        lines.append(f"{name:<22} {before:{sign}9.3f} {after:{sign}9.3f}")
     if "judged_after_matched_length" in figures:
         matched = figures["judged_after_matched_length"]
         lines.append(f"{'judged, matched length':<22} {'':>9} {matched:+9.3f}")

@@ -297,7 +297,7 @@ class Scenario(Section):
             for field, (size, run) in wholes.items()
             if size % (part := run.micro_batch_size * run.processes)
         ]
-        wrong += _too_long(self) + _uneven_heads(self)
+        wrong += _too_long(self) + _uneven_heads(self) + _two_tokenizers(self)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -316,6 +316,18 @@ def _too_long(scenario: Scenario) -> list[str]:
         f"{what} = {length} is more than the {catalog.POSITIONS} positions of {model}"
         for (what, model), length in lengths.items()
         if catalog.kind(model) == "builtin" and length > catalog.POSITIONS
+    ]
+
+
+def _two_tokenizers(scenario: Scenario) -> list[str]:
+    """Return whether two built-in models tokenise differently, in words; others' are seen by step 3."""
+    names = (scenario.actor.model, scenario.reward.model)
+    shapes = [catalog.OPT_SHAPE.fullmatch(name) for name in names]
+    vocabularies = {shape["vocabulary"] for shape in shapes if shape}
+    if len(vocabularies) < 2:
+        return []
+    return [
+        f"actor.model {names[0]} and reward.model {names[1]} have different tokenizers: give both one bpe"
     ]
 
 

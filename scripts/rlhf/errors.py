@@ -21,7 +21,7 @@ class DataError(UserError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes one message on stderr and exit code 2."""
+    """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -29,3 +29,6 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)

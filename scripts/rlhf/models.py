@@ -31,9 +31,10 @@ from rlhf.errors import DataError, UserError
 from rlhf.tokens import Packed, Padded
 
 transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
+transformers_logging.set_verbosity_error()  # what a checkpoint lacks is looked at below, and refused
 
 
-def load_actor(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_actor(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Load a causal language model.
 
     Raises:
@@ -73,7 +74,9 @@ def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTra
     return model
 
 
-def _load(kind: Any, path: Path, dtype: torch.dtype, allowed: set[str], **options: Any) -> PreTrainedModel:
+def _load(
+    kind: Any, path: Path, dtype: torch.dtype | str, allowed: set[str], **options: Any
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, **options)
     for name in vars(config):
         if "drop" in name and isinstance(getattr(config, name), float):

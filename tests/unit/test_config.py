@@ -265,6 +265,12 @@ def test_a_known_dataset_that_lies_on_the_volume_needs_no_columns():
     assert catalog.known_columns("./rm-static") is catalog.known_columns("other/rm-static") is None
 
 
+def test_two_built_in_tokenizers_are_told_before_anything_trains():
+    assert "different tokenizers: give both one bpe" in the_mistake(
+        a={"reward": {"model": "builtin/opt-2x64-bpe512"}}
+    )
+
+
 def test_an_unknown_dataset_is_told_with_what_there_is():
     assert the_mistake(a={"sft": {"datasets": ["builtin/chitchat", "builtin/chat"]}}).endswith(
         "builtin/chat: built-in datasets: builtin/chitchat, builtin/chitchat-pairs"
