@@ -10,7 +10,7 @@ from pathlib import Path
 SCRIPTS = Path(workflow.basedir) / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from rlhf import codehash, config as configuration, plan as planning, store
+from rlhf import codehash, config as configuration, plan as planning, store, yaml_file
 from rlhf.errors import UserError
 from rlhf.machine import visible_gpus
 
@@ -53,6 +53,13 @@ def refuse_unusable_volume(pvc):
 def load_plan():
     """The configuration and its plan; a mistake ends Snakemake with one message and code 2."""
     try:
+        if workflow.is_main_process:
+            for (
+                path
+            ) in (
+                workflow.configfiles
+            ):  # Snakemake has read them, but not looked for doubles
+                yaml_file.read(Path(path))
         settings = configuration.load(config)
         refuse_unusable_volume(settings.pvc)
 

@@ -17,9 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf import codehash, config, layers, plan, store, upkeep
+from rlhf import codehash, config, layers, plan, store, upkeep, yaml_file
 from rlhf.errors import UserError, run_main
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -65,10 +63,7 @@ def tree_of(more: Path | None) -> dict[str, Any]:
     """Return config.yaml, with another file laid over it."""
     tree: dict[str, Any] = {}
     for path in [PROJECT / "config.yaml", *([more] if more else [])]:
-        try:
-            tree = layers.merge(tree, yaml.safe_load(path.read_text()) or {})
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read as a YAML mapping: {error}") from None
+        tree = layers.merge(tree, yaml_file.read(path))
     return tree
 
 

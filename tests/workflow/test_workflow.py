@@ -81,6 +81,12 @@ def test_a_volume_that_cannot_be_written_to_is_refused(empty, pvc):
     assert f"pvc = '{pvc}'" in run.stderr
 
 
+def test_a_scenario_that_stands_twice_is_refused(empty):
+    run = empty.snakemake("-n", ACTOR, config="scenarios: {a: {}, b: {}, a: {base: b}}\n", check=False)
+    assert run.returncode == 2
+    assert "line 2: a stands twice in one mapping" in run.stderr
+
+
 def test_the_pvc_moves_artefacts_and_keeps_their_names(empty, tmp_path_factory):
     elsewhere = type(empty)(tmp_path_factory.mktemp("elsewhere"))
     outputs = [

@@ -1,0 +1,45 @@
+"""Reading YAML in which nothing stands twice: of two equal keys PyYAML keeps the second, and says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import UserError
+
+
+class _Unique(yaml.SafeLoader):
+    """Refuses keys that stand twice; looked at before merges (`<<`), which may be overridden."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} stands twice in one mapping, the second would replace the first",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return node
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a file's mapping, empty for an empty file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML or no mapping, or a key stands twice.
+    """
+    try:
+        # A safe loader: it makes plain values alone.
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Unique) or {}
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} should be a mapping, it is {tree!r}")
+    return tree
