@@ -244,6 +244,7 @@ class Workdir:
             return subprocess.Popen(
                 self.command(*arguments), cwd=self.cwd, env={**self.environment(), **environment},
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=heed_signals,
             )  # fmt: skip
 
     def run(self, *arguments: str, limit_s: float = 180, **environment: str) -> tuple[int, str]:
@@ -270,6 +271,12 @@ class Workdir:
         """A killed Snakemake leaves its lock behind."""
         for lock in (self.path / ".snakemake" / "locks").glob("*"):
             lock.unlink()
+
+
+def heed_signals() -> None:
+    """Tests that a shell started in the background ignore Ctrl-C and hangups, and would hand that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:

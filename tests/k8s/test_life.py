@@ -146,13 +146,19 @@ def test_ctrl_c_without_a_terminal_leaves_the_gang_and_it_is_adopted(workdir):
     assert runs(place) == 1
 
 
+def take_terminal() -> None:
+    """Make standard input the terminal that controls this process."""
+    harness.heed_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_a_terminal_that_goes_away_leaves_the_gang_and_it_is_taken_up_again(workdir):
     """As when a connection is lost: the kernel sends SIGHUP, there is nobody to ask, and no lock is left."""
     place = workdir(counting(12))
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(terminal)
     wait_until("it runs", lambda: _read(controller) and runs(place))

@@ -93,7 +93,7 @@ def test_without_learning_ratios_are_1_and_divergences_0(still):
     assert len(lines) == 2
     for line in lines:
         assert line["ratio_mean"] == pytest.approx(1, abs=1e-5)
-        assert line["ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert line["ratio_mean_max"] == pytest.approx(1, abs=1e-5)
         for name in (
             "ratio_variance",
             "clip_fraction",
