@@ -186,7 +186,7 @@ def test_ctrl_c_at_a_terminal_asks(workdir):
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=harness.heed_signals,
     )  # fmt: skip
     os.close(terminal)
     wait_until("it runs", lambda: _read(controller) and runs(place))
@@ -195,6 +195,7 @@ def test_ctrl_c_at_a_terminal_asks(workdir):
     until = time.monotonic() + 30
     while "ancel them" not in said and time.monotonic() < until:
         said += _read(controller)
+    assert "ancel them" in said
     os.write(controller, b"c\n")
     wait_until("it ends", lambda: (_read(controller) or True) and process.poll() is not None)
     wait_until("nothing is left", lambda: not place.objects("jobs,pods"))
