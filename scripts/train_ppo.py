@@ -11,7 +11,7 @@ from rlhf import card, engine, families, models, parallel, ppo, stage
 from rlhf.config import Rlhf
 from rlhf.errors import DataError, run_main
 from rlhf.generation import Sampling
-from rlhf.templates import load_tokenizer
+from rlhf.templates import differences, load_tokenizer
 
 
 def main() -> None:
@@ -20,10 +20,10 @@ def main() -> None:
     engine.start(args.run, config.dtype)
     actor, scorer = args.parents["sft"] / "model", args.parents["reward"] / "model"
     tokenizer, other = load_tokenizer(actor), load_tokenizer(scorer)
-    if tokenizer.get_vocab() != other.get_vocab():
+    if differ := differences(tokenizer, other):
         raise DataError(
-            f"actor and reward model have different tokenizers ({actor}: {len(tokenizer)} tokens,"
-            f" {scorer}: {len(other)}): the reward model would read other words than were written"
+            f"the tokenizers of {actor} ({len(tokenizer)} tokens) and {scorer} ({len(other)}) differ in"
+            f" {', '.join(differ)}: the reward model would read another conversation than was held"
         )
     if config.run.inference_tp_size > 1:
         families.refuse_uneven(AutoConfig.from_pretrained(actor), config.run.inference_tp_size)

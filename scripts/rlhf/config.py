@@ -297,10 +297,23 @@ class Scenario(Section):
             for field, (size, run) in wholes.items()
             if size % (part := run.micro_batch_size * run.processes)
         ]
-        wrong += _too_long(self) + _uneven_heads(self) + _two_tokenizers(self)
+        wrong += (
+            _uneven_calibration(self.rlhf) + _too_long(self) + _uneven_heads(self) + _two_tokenizers(self)
+        )
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+
+def _uneven_calibration(rlhf: Rlhf) -> list[str]:
+    """Return whether the replies that rewards are normalised by cannot be shared out, in words."""
+    samples, batch, processes = rlhf.reward_samples, rlhf.rollout_batch_size, rlhf.run.processes
+    if samples % batch % processes == 0:
+        return []
+    return [
+        f"rlhf.reward_samples = {samples} in batches of rollout_batch_size {batch} leaves {samples % batch} for"
+        f" {processes} processes: choose {multiples(samples, batch)}"
+    ]
 
 
 def _too_long(scenario: Scenario) -> list[str]:

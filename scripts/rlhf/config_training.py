@@ -62,12 +62,6 @@ class Optimizer(Section):
             raise ValueError(*wrong)
         return self
 
-    def warmup(self, steps: int) -> int:
-        """Return the steps of linear warm-up of a training of `steps`."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        return round((self.warmup_ratio or 0.0) * steps)
-
 
 class Lora(Section):
     """Low-rank adapters instead of the weights of linear layers."""

@@ -160,9 +160,16 @@ def _dimensions(parameter: Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def warmup_steps(optimizer: Optimizer, steps: int) -> int:
+    """Return the steps of linear warm-up of a training of `steps`."""
+    if optimizer.warmup_steps is not None:
+        return optimizer.warmup_steps
+    return round((optimizer.warmup_ratio or 0.0) * steps)
+
+
 def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     """Return the learning rate of a step over the peak: warm-up from 1/n, then the schedule."""
-    warmup = optimizer.warmup(steps)
+    warmup = warmup_steps(optimizer, steps)
     if step < warmup:
         return (step + 1) / warmup
     if optimizer.schedule == "constant":

@@ -91,3 +91,15 @@ def response_texts(
         reply = whole[len(prompt) :].rstrip("\n")
         replies.append(reply if reply.endswith(eos) else reply + eos)
     return replies
+
+
+def differences(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> list[str]:
+    """Return in what two tokenizers differ, of that which makes one conversation other tokens."""
+    sides = [
+        {
+            "vocabulary": t.get_vocab(), "chat template": t.chat_template, "BOS": t.bos_token_id,
+            "EOS": t.eos_token_id, "padding": t.pad_token_id,
+        }
+        for t in (one, other)
+    ]  # fmt: skip
+    return [name for name in sides[0] if sides[0][name] != sides[1][name]]

@@ -1,6 +1,6 @@
 """Benchmark: does PPO learn? Seeds 1, 2, 3 of `tiny`, and for each a control with shuffled scores.
 
-    make learn [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"] [LEARN_RLHF='{"ppo_epochs": 4}']
+    make learn [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"] [LEARN_RLHF='{"ppo_epochs": 4, "kl_coef": 0.35}']
 
 Prints a table and fails if a bound is broken. What is measured: the mean VADER compound of sampled
 replies to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampling seed.
@@ -25,7 +25,7 @@ SEEDS = tuple(int(seed) for seed in os.environ.get("LEARN_SEEDS", "1 2 3").split
 def main() -> None:
     volume = Path(os.environ.get("LEARN_DIR") or tempfile.mkdtemp(prefix="learn-"))
     volume.mkdir(parents=True, exist_ok=True)
-    overrides = json.loads(os.environ.get("LEARN_RLHF", "{}"))  # e.g. {"ppo_epochs": 4}
+    overrides = json.loads(os.environ.get("LEARN_RLHF", "{}"))  # e.g. {"iterations": 80}
     scenarios = {}
     for seed in SEEDS:
         scenarios[f"learn-{seed}"] = {"base": "tiny", "seed": seed, "rlhf": overrides}
@@ -53,12 +53,12 @@ def report(results: Path, name: str) -> list[str]:
         f" {matched:+.3f})  KL {f['kl']:.2f}  words {words:+.0%}  distinct-2 {f['distinct_2_after']:.2f}"
     )
     if name.startswith("control"):
-        bounds = {"rises by more than 0.05": rise > 0.05}
+        bounds = {"rises by more than 0.05": not rise <= 0.05}
     else:
         bounds = {
-            "rises by less than 0.25": rise < 0.25,
-            "rises by less than 0.25 at matched length": matched < 0.25,
-            "KL above 5": f["kl"] > 5,
+            "rises by less than 0.25": not rise >= 0.25,
+            "rises by less than 0.25 at matched length": not matched >= 0.25,
+            "KL above 5": not f["kl"] <= 5,
             "distinct-2 at most 0.75": f["distinct_2_after"] <= 0.75,
             "words up by more than 45%": words > 0.45,
             "fewer than 512 prompts": f["prompts"] < 512,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.errors import DataError
-from rlhf.templates import ASSISTANT, TURN_TOKENS, USER, load_tokenizer, prompt_texts, response_texts
+from rlhf.templates import (
+    ASSISTANT,
+    TURN_TOKENS,
+    USER,
+    differences,
+    load_tokenizer,
+    prompt_texts,
+    response_texts,
+)
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", USER, ASSISTANT]
 CHATML = (
@@ -145,3 +155,18 @@ def test_a_tokenizer_is_loaded_as_it_was_saved(tmp_path, tokenizer):
     turns = ["how are you", "I am well"]
     assert halves(loaded, turns) == halves(tokenizer, turns)
     assert encoded(loaded, whole(loaded, turns)) == encoded(tokenizer, whole(tokenizer, turns))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, []),
+        ({"chat_template": "{{ 'other' }}"}, ["chat template"]),
+        ({"eos_token": "<unk>", "pad_token": "<unk>"}, ["EOS", "padding"]),
+    ],
+)
+def test_what_makes_other_tokens_of_a_conversation_is_told(tokenizer, change, told):
+    other = copy.deepcopy(tokenizer)
+    for name, value in change.items():
+        setattr(other, name, value)
+    assert differences(tokenizer, other) == told

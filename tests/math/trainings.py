@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import yaml
 from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised
 from rlhf.generation import Sampling
 from rlhf.rows import PARTS, RowWriter
+from rlhf.state import State
 
 FILE = Path(__file__).parents[2] / "config.yaml"
 SCRIPTS = FILE.parent / "scripts"
@@ -100,6 +101,17 @@ def saved_weights(work: Path) -> list[str]:
     return sorted(torch.load(files[0], weights_only=False)["module"]) if files else []
 
 
+@contextmanager
+def loading():
+    """Give a list of what `State.load` returns inside of the block."""
+    loaded, load = [], State.load
+    State.load = lambda self: loaded.append(load(self)) or loaded[-1]
+    try:
+        yield loaded
+    finally:
+        State.load = load
+
+
 def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
     """Lose the newest state, as if killed before it was saved; train on from the one before."""
     if parallel.rank() == 0:  # elsewhere, since this process still holds the lock of `work`
@@ -107,7 +119,9 @@ def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Pat
         shutil.rmtree(sorted((where / "work").glob("step-*"))[-1])
     parallel.barrier()
     work = where / "work"
-    _, model = train(stage, made, sources, work, where)
+    with loading() as loaded:
+        _, model = train(stage, made, sources, work, where)
+    assert loaded[0] is not None, "it began anew, which gives the same bytes"
     save(model, where / "model")
     if parallel.rank() == 0:
         shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")

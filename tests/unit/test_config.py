@@ -265,6 +265,18 @@ def test_a_known_dataset_that_lies_on_the_volume_needs_no_columns():
     assert catalog.known_columns("./rm-static") is catalog.known_columns("other/rm-static") is None
 
 
+@pytest.mark.parametrize(
+    ("rlhf", "run"),
+    [
+        ({"reward_samples": 250}, {"processes": 4, "micro_batch_size": 8}),
+        ({"rollout_batch_size": 48}, {"processes": 6, "micro_batch_size": 4}),
+    ],
+)
+def test_samples_that_do_not_divide_over_processes_are_told(rlhf, run):
+    assert "choose " in (told := the_mistake(a={"rlhf": {**rlhf, "run": run}}))
+    assert "rlhf.reward_samples = " in told
+
+
 def test_two_built_in_tokenizers_are_told_before_anything_trains():
     assert "different tokenizers: give both one bpe" in the_mistake(
         a={"reward": {"model": "builtin/opt-2x64-bpe512"}}
