@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, first_line
 from rlhf.templates import HUMAN_ASSISTANT
 from rlhf.weights import UNUSABLE, read_config
 
@@ -39,8 +39,9 @@ def bring(source: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UNUSABLE as error:
-        why = str(error).strip().partition("\n")[0].rstrip(". ")
-        raise DataError(f"the tokenizer in {source} cannot be read ({why}): bring its files again") from None
+        raise DataError(
+            f"the tokenizer in {source} cannot be read ({first_line(error)}): bring its files again"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise DataError(f"{source} needs a fast tokenizer with an EOS token")
     if tokenizer.chat_template is None:

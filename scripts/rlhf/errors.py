@@ -20,6 +20,11 @@ class DataError(UserError):
     """A dataset or an artefact does not hold what it should."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says of an error, to stand within a sentence of ours."""
+    return str(error).strip().partition("\n")[0].rstrip(". ")
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

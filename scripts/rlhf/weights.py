@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf import store
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, UserError, first_line
 from rlhf.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,8 @@ def _understood(source: Path) -> Iterator[None]:
     try:
         yield
     except UNUSABLE as error:
-        why = str(error).strip().partition("\n")[0].rstrip(". ")
         raise DataError(
-            f"{source}/config.json cannot be used ({why}): bring it again if it is damaged, or choose a causal"
+            f"{source}/config.json cannot be used ({first_line(error)}): bring it again if it is damaged, or choose a causal"
             f" language model that transformers {transformers.__version__} has; a model's own code is not run"
         ) from None
 

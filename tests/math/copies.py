@@ -5,19 +5,15 @@ Every process writes `{family}-{size}-{rank}.pt`: its replies, and how large its
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import torch
+import trainings
 
 from rlhf import engine, models, parallel, rollout, sharding
 from rlhf.generation import Sampling
 from rlhf.rows import Rows
-
-SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).with_name("trainings.py"))
-trainings = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(trainings)
 
 
 def main() -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import trainings
 
 from rlhf import builtin_opt, models
 from rlhf.templates import load_tokenizer
 
-SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).with_name("trainings.py"))
-trainings = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(trainings)
 CONFIG = {"prompts": 21, "max_new_tokens": 6, "temperature": 1.0, "seed": 3, "judge": "vader"}
 RUNS = {
     "one": {"processes": 1},

@@ -5,14 +5,14 @@ Tolerance: 1e-4 in fp32, where a batch is computed in another order; bits where 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
+import trainings
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf import lora, models, reward, sft
@@ -24,15 +24,6 @@ PAD, EOS = 1, 2
 close = torch.testing.assert_close
 
 
-def sibling(name):
-    """Import a module that lies beside this file."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, trainings = sibling("families"), sibling("trainings")
 NAMES = list(families.FAMILIES)
 
 

@@ -5,13 +5,12 @@ Tolerance: 1e-4 in fp32, since sums are in another order.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import logging
 from itertools import pairwise
-from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -23,9 +22,6 @@ from rlhf.tokens import pack, response_labels
 
 PAD = 1
 close = torch.testing.assert_close
-SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(families)
 
 
 def loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):

@@ -5,22 +5,17 @@ Formulae are tested in `test_ppo_math`, that micro-batches and processes change 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trainings
 from safetensors.torch import load_file
 
 from rlhf import models, ppo
 from rlhf.rollout import Rollout
 from rlhf.tokens import Padded
-
-SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).with_name("trainings.py"))
-trainings = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(trainings)
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 3])
 MASK = torch.arange(4) < LENGTHS[:, None]

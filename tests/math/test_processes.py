@@ -7,19 +7,14 @@ that shows in the second iteration of PPO already, whose gradient norms agree to
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trainings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-SPEC = importlib.util.spec_from_file_location("trainings", Path(__file__).with_name("trainings.py"))
-trainings = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(trainings)
 
 STAGES, ZERO = ("sft", "reward", "rlhf"), (0, 1, 2, 3)
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
+import trainings
 from transformers import AutoConfig
 
 from rlhf import families as known
 from rlhf.errors import UserError
 
-
-def sibling(name):
-    """Import a module that lies beside this file."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, trainings = sibling("families"), sibling("trainings")
 NAMES = list(families.FAMILIES)
 
 
