@@ -20,7 +20,7 @@ TAIL_LINES = 200
 AGAIN_S = 5.0  # after a stream that ended well: most often the container has, too
 # After a container's end: a node that gives nothing for so long has the log no more, or is lost. A kubelet that
 # restarts is back before.
-STUCK_S = 20.0
+STUCK_S = 15.0
 NOT_NOW = b"unable to retrieve container logs"  # a kubelet's answer, in the place of a log, with HTTP 200
 LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d)) ?(.*)$", re.DOTALL)
 
@@ -70,7 +70,7 @@ class Follower(threading.Thread):
     """Copies a pod's log to a file, and its lines to `show`, until the container has ended.
 
     One that is finished without having been started copies the log with one request. With `tail` it begins
-    at the log's end. `is_whole`: whether the file has all that there was to read.
+    at the log's end. `is_whole`: whether a stream has ended by itself since the last line.
     """
 
     def __init__(
@@ -108,7 +108,6 @@ class Follower(threading.Thread):
         if self._cluster.is_down:
             self._heard_at = time.monotonic()
         if self.is_alive() and time.monotonic() - self._heard_at > STUCK_S:
-            self.is_whole = False
             self._given_up.set()
         return self._given_up.is_set() or not self.is_alive()
 
@@ -133,10 +132,9 @@ class Follower(threading.Thread):
         except ApiError as error:
             # A kubelet that has restarted does not know its pods yet, and answers 404 as well.
             if error.status == 404 and f'pods "{self._pod}" not found' in error.message:
-                return "gone"  # with its log; a stream that had ended by itself had all of it
+                return "gone"
         except (Unreachable, *CONNECTION_ERRORS):
             pass
-        self.is_whole = False
         return "later"
 
     def _copy(self, position: Position, file: Any, *, follow: bool) -> None:
@@ -150,7 +148,6 @@ class Follower(threading.Thread):
         pending = b""
         try:
             for chunk in answer.stream(amt=None, decode_content=True):
-                self._heard_at = time.monotonic()
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     self._line(line, position, file)
@@ -166,6 +163,7 @@ class Follower(threading.Thread):
             return  # the file has been read, and may be another follower's by now
         found = LINE.match(line)
         if found and position.is_new(found.group(1).decode()):
+            self._heard_at, self.is_whole = time.monotonic(), False
             file.write(line + b"\n")
             # Of a progress bar the last state: the others were drawn over.
             self._show(found.group(2).rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace"))

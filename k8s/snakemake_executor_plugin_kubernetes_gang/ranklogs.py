@@ -65,7 +65,9 @@ class RankLogs:
         return [status.rank(pod) for pod in begun if not self._follower(pod).is_whole]
 
     def files(self) -> list[str]:
-        return [str(path) for path in sorted(self._directory.glob(f"{self._uid}.rank-*.log"))]
+        """Return where the logs are; what has not begun has left none."""
+        found = sorted(self._directory.glob(f"{self._uid}.rank-*.log"))
+        return [str(path) for path in found if path.stat().st_size]
 
     def whole(self, pod: status.Json) -> bytes:
         """Return a log as the command wrote it."""

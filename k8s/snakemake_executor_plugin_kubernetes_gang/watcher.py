@@ -226,13 +226,14 @@ class Watcher:
         """How a gang that has ended by itself did, once its logs are stored."""
         if not watch.logs.collect(now.pods):
             return None
-        self._say_what_is_cut(watch, now.pods)
         if now.phase == "succeeded":
+            self._say_what_is_cut(watch, now.pods)
             log = b"".join(watch.logs.whole(pod) for pod in now.pods if status.rank(pod) == 0)
             return Verdict(True, log=log, pods=now.pods)
         self._news.refresh()
         tails = watch.logs.tails(now.pods)
-        return self._failure(watch, explain.explain(self._case(watch, gang, now, tails)))
+        cause = explain.explain(self._case(watch, gang, now, tails))
+        return self._failure(watch, now, cause)
 
     def _say_what_is_cut(self, watch: Watch, pods: tuple[status.Json, ...]) -> None:
         cut = watch.logs.cut(pods)
@@ -257,7 +258,7 @@ class Watcher:
         if not watch.logs.collect(now.pods):
             return None
         watch.logs.tails(now.pods)
-        return self._failure(watch, cause)
+        return self._failure(watch, now, cause)
 
     def _is_fenced(self, watch: Watch, live: list[Json]) -> bool:
         """Whether pods that the cluster cannot end have been told to, and have had the time."""
@@ -274,7 +275,8 @@ class Watcher:
             watch.fenced_at = clock
         return clock - watch.fenced_at > FENCE_S
 
-    def _failure(self, watch: Watch, cause: waits.Cause) -> Verdict:
+    def _failure(self, watch: Watch, now: status.Status, cause: waits.Cause) -> Verdict:
+        self._say_what_is_cut(watch, now.pods)
         sentence = f"{cause.sentence()} {again(watch.job.attempt, watch.job.restart_times + 1, cause)}"
         return Verdict(False, sentence, logs=watch.logs.files())
 

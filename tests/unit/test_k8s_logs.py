@@ -173,3 +173,12 @@ def test_while_the_api_is_away_no_log_is_given_up(tmp_path, quick):
     assert collected(found, ended)
     assert found.whole(ended[0]) == b"a\nb\n"
     assert not found.cut(ended)
+
+
+def test_a_node_that_has_the_log_no_more_is_not_waited_for_for_ever(tmp_path, quick):
+    """As of an evicted pod: each request is answered, with a sentence in the place of the log."""
+    found = rank_logs(Log(TWO_LINES, b"unable to retrieve container logs for containerd://2f"), tmp_path)
+    found.keep([pod()])
+    time.sleep(0.2)
+    assert collected(found, [pod(exitCode=1)], limit_s=5.0)
+    assert not found.cut([pod(exitCode=1)]), "a stream of it had ended by itself"
