@@ -137,9 +137,9 @@ class Executor(RemoteExecutor):
             return "it has failed"
         if phase == "succeeded" and not all(map(os.path.exists, job.output)):
             return "its output is not there any more"
-        # Snakemakes in pods, which groups and scripts run in, make their shadow directories themselves.
-        is_lost = jobs.is_direct(job) and getattr(job.rule, "shadow_depth", None)
-        return "its shadow directory is lost" if is_lost else ""
+        # A Snakemake in the pod makes its own; a group has no rule.
+        shadow = jobs.is_direct(job) and getattr(job.rule, "shadow_depth", None)
+        return "its shadow directory is lost" if shadow else ""
 
     def _prepare(self, job: Any, spec: GangSpec) -> GangSpec:
         if jobs.is_direct(job):

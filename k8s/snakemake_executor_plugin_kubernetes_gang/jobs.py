@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from snakemake.shell import shell
 
 from . import manifest, status, template
 from .settings import ExecutorSettings
-from .spec import GangSpec, Queue, SpecError, Volume, digest, gang_name
+from .spec import GangSpec, Queue, SpecError, Volume, cpus, digest, gang_name
 
 Json = dict[str, Any]
 
 THREAD_VARIABLES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM", "GOTO")
-PROXY = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+PASSED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
+# In an address, with a scheme or without.
+PASSWORD = re.compile(r"(?:^|[\s,])(?:[\w+.-]+://[^/\s]*|[^/:\s]+:[^/\s]*)@")
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ def spec_of(job: Any, site: Site, inner_command: Any) -> GangSpec:
     memory = int(resources.get("mem_mb", 1000))
     image = _image(job, site)
     mark = fingerprint(job, command, image, nodes, gpus)
-    token, threads = uuid.uuid4().hex, math.ceil(int(job.threads) / nodes)
+    token, threads = uuid.uuid4().hex, thread_variables(int(job.threads), nodes, resources)
     return GangSpec(
         name=name, command=command, image=image, token=token, backend=site.settings.backend,
         workdir=str(Path(job.shadow_dir or site.workdir).absolute()) if is_direct(job) else site.workdir,
         project=site.project, state_dir=str(site.state / name), uid=os.getuid(), gid=os.getgid(),
-        nodes=nodes, gpus=gpus, cpu=str(resources.get("cpu", threads)), memory_mb=memory,
+        nodes=nodes, gpus=gpus, cpu=str(resources.get("cpu", _share(int(job.threads), nodes))), memory_mb=memory,
         shm_mb=int(resources.get("shm_mb", memory // 4)), runtime_s=60 * int(resources.get("runtime", 0)),
-        start_timeout_s=site.settings.start_timeout, env=_environment(threads, site.settings),
+        start_timeout_s=site.settings.start_timeout, env=threads | _environment(site.settings),
         secret_env=dict.fromkeys(site.secret_env, site.settings.env_secret or ""), volumes=site.volumes,
         labels={manifest.LABEL_PLACE: site.place},
         annotations={manifest.FINGERPRINT: mark, manifest.TOKEN: token, **_description(job, site)},
@@ -118,11 +121,23 @@ def _image(job: Any, site: Site) -> str:
     return str(image)
 
 
-def _environment(threads: int, settings: ExecutorSettings) -> dict[str, str]:
+def _share(threads: int, nodes: int) -> int:
+    return math.ceil(threads / nodes)
+
+
+def thread_variables(threads: int, nodes: int, resources: Mapping[str, Any]) -> dict[str, str]:
+    """How many threads a pod's libraries start: its CPUs, where Snakemake has cut the rule's `threads`.
+
+    It cuts them to what the controller's machine has. `cpu` may be less on purpose: idle CPUs may be used.
+    """
+    count = max(_share(threads, nodes), int(cpus(str(resources.get("cpu", 1)))))
+    return {f"{name}_NUM_THREADS": str(count) for name in THREAD_VARIABLES}
+
+
+def _environment(settings: ExecutorSettings) -> dict[str, str]:
     # The image need not know the user: programs that look for a name take this one.
     values = {"HOME": "/tmp", "TMPDIR": "/tmp", "USER": str(os.getuid())}
-    values |= {f"{name}_NUM_THREADS": str(threads) for name in THREAD_VARIABLES}
-    for name in (*PROXY, *(settings.pass_env or ())):
+    for name in (*PASSED, *(settings.pass_env or ())):
         value = os.environ.get(name)
         if value is not None:
             values[name] = without_password(name, value)
@@ -135,7 +150,7 @@ def without_password(name: str, value: str) -> str:
     Raises:
         SpecError: it is an address with a password.
     """
-    if "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
+    if PASSWORD.search(value):
         raise SpecError(
             f"{name} holds a password, which would be readable in every pod's manifest. Put {name} into a Secret "
             "and name that in the pod template (env, valueFrom, secretKeyRef), and unset it for Snakemake."

@@ -236,8 +236,8 @@ def files(spec: GangSpec) -> dict[str, str]:
 
 
 def _env(values: Mapping[str, str]) -> list[Json]:
-    # `$(NAME)` in a value would be replaced by Kubernetes; `$$` is its escape.
-    return [{"name": name, "value": value.replace("$(", "$$(")} for name, value in values.items()]
+    # Kubernetes replaces `$(NAME)` in a value, and makes `$` of `$$`.
+    return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
 
 
 def _own_env(spec: GangSpec, master: str | None) -> list[Json]:

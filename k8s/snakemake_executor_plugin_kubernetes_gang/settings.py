@@ -2,6 +2,7 @@
 
 # Snakemake reads these annotations; it knows Optional, not `X | None`, and no strings.
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
@@ -12,6 +13,8 @@ from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 from .spec import BACKENDS, QUEUE_SYSTEMS, SpecError, parse_volume
 
 ON_EXIT = ("ask", "leave", "cancel")
+# A variable with such a name holds a secret. HF_TOKEN does, TOKENIZERS_PARALLELISM does not.
+SECRET = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API)?KEY)$", re.IGNORECASE)
 # How Snakemake reads several words as they are.
 WORDS = {"parse_func": list, "unparse_func": list}
 
@@ -109,6 +112,11 @@ class ExecutorSettings(ExecutorSettingsBase):
                 parse_volume(text)
         except SpecError as error:
             raise WorkflowError(f"--kubernetes-gang-volumes: {error}") from error
+        for name in filter(SECRET.search, self.pass_env or []):
+            raise WorkflowError(
+                f"--kubernetes-gang-pass-env {name}: its value would be readable in every pod's manifest. Put it into "
+                "a Secret and name that in the pod template (env, valueFrom, secretKeyRef)"
+            )
         # Now: later Snakemake goes into the workflow's working directory.
         self.pod_template = [Path(path).absolute() for path in self.pod_template or []]
         self.gpu_pod_template = [Path(path).absolute() for path in self.gpu_pod_template or []]

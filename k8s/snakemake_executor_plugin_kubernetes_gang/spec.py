@@ -71,15 +71,19 @@ class GangSpec:
                 f"{self.name}: nodes={self.nodes}, gpus={self.gpus}, mem_mb={self.memory_mb}: nodes and mem_mb must "
                 "be at least 1, gpus at least 0. Correct the rule's resources."
             )
-        if not re.fullmatch(r"\d+m|\d+(\.\d+)?", self.cpu):
-            raise SpecError(
-                f"{self.name}: cpu={self.cpu}: write CPUs like 2, 0.5 or 500m. Correct the rule's resources."
-            )
+        cpus(self.cpu)
         if self.shm_mb >= self.memory_mb:
             raise SpecError(
                 f"{self.name}: shm_mb={self.shm_mb} does not fit into mem_mb={self.memory_mb}: shared memory "
                 "counts as memory of the pod. Raise mem_mb or lower shm_mb."
             )
+
+
+def cpus(text: str) -> float:
+    """Return how many CPUs `2`, `0.5` or `500m` are."""
+    if not re.fullmatch(r"\d+m|\d+(\.\d+)?", text):
+        raise SpecError(f"cpu={text}: write CPUs like 2, 0.5 or 500m. Correct the rule's resources.")
+    return int(text[:-1]) / 1000 if text.endswith("m") else float(text)
 
 
 def parse_volume(text: str) -> Volume:

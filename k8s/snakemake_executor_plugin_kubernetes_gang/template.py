@@ -19,17 +19,22 @@ KEYS = {
     "containers": "name", "initContainers": "name", "env": "name", "volumes": "name",
     "volumeMounts": "mountPath", "imagePullSecrets": "name", "ports": "containerPort",
 }  # fmt: skip
+WITH_PARTS = ("containers", "initContainers")
 REFUSED = {
     "spec.restartPolicy": "a gang is restarted as a whole",
     "spec.hostname": "pods find each other by host names",
     "spec.subdomain": "pods find each other by host names",
     "spec.activeDeadlineSeconds": "set the rule's resource runtime",
+    "spec.automountServiceAccountToken": "a rule's command gets no rights in the cluster",
     "spec.securityContext.runAsUser": "pods write as the user of the controller",
     "spec.securityContext.runAsGroup": "pods write as the user of the controller",
     "spec.securityContext.runAsNonRoot": "pods are not root",
     "spec.containers[main].securityContext.runAsUser": "pods write as the user of the controller",
     "spec.containers[main].securityContext.runAsGroup": "pods write as the user of the controller",
     "spec.containers[main].securityContext.runAsNonRoot": "pods are not root",
+    "spec.containers[main].securityContext.privileged": "pods are not root",
+    "spec.containers[main].terminationMessagePolicy": "a failure's sentence is read from it",
+    "spec.containers[main].terminationMessagePath": "a failure's sentence is read from it",
     "spec.containers[main].command": "the rule's command is run",
     "spec.containers[main].args": "the rule's command is run",
     "spec.containers[main].workingDir": "it is Snakemake's working directory",
@@ -90,18 +95,19 @@ def merge(base: Any, extra: Any, key: str = "") -> Any:
     if isinstance(base, Mapping) and isinstance(extra, Mapping):
         return {**base, **{k: merge(base[k], v, k) if k in base else v for k, v in extra.items()}}
     if isinstance(base, list) and isinstance(extra, list):
-        return _merge_lists(base, extra, KEYS.get(key))
+        return _merge_lists(base, extra, key)
     return extra
 
 
-def _merge_lists(base: list[Any], extra: list[Any], identity: str | None) -> list[Any]:
-    if identity is None:
+def _merge_lists(base: list[Any], extra: list[Any], key: str) -> list[Any]:
+    if key not in KEYS:
         return [*base, *(entry for entry in extra if entry not in base)]
+    identity = KEYS[key]
     merged = {entry[identity]: entry for entry in base}
     for entry in extra:
         name = entry[identity]
         # Only containers have parts; half a volume or variable beside another half would be invalid.
-        merged[name] = merge(merged[name], entry) if name in merged and "image" in merged[name] else entry
+        merged[name] = merge(merged[name], entry) if name in merged and key in WITH_PARTS else entry
     return list(merged.values())
 
 

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import dockerfile
 import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 # What torch's build for GPUs brings along in versions that torch itself pins.
@@ -42,6 +44,7 @@ def root(tmp_path_factory):
         for path in shared:  # now: ca-certificates wants to write its own first
             _mount(path, place / path.lstrip("/"))
         run("chroot", str(place), "bash", "/tmp/build/install.sh", "packages")
+        copy_the_code(place)
         yield place
     finally:
         for path in ["/proc", *reversed(shared)]:
@@ -49,6 +52,14 @@ def root(tmp_path_factory):
                 ["umount", "-l", str(place / path.lstrip("/"))], stderr=subprocess.DEVNULL, check=False
             )
         shutil.rmtree(place, ignore_errors=True)
+
+
+def copy_the_code(place: Path) -> None:
+    """What the Dockerfile's COPY does, without what .dockerignore names; and a volume."""
+    left_out = [line.removeprefix("**/") for line in (REPO / ".dockerignore").read_text().split()]
+    shutil.copytree(REPO, place / "opt" / "rlhf", ignore=shutil.ignore_patterns(*left_out))
+    (place / "volume").mkdir()
+    os.chown(place / "volume", 1000, 1000)
 
 
 def _mount(path: str, target: Path) -> None:
@@ -92,3 +103,26 @@ def test_the_images_python_runs_what_pods_run(root):
     )
     for program in ("bash", "getent", "setpriv"):
         run("chroot", str(root), "which", program)
+
+
+def test_the_drivers_command_goes_to_the_cluster(root):
+    """`snakemake TARGET` with the image's variables and the driver's; no cluster is asked in a dry run."""
+    driver = yaml.safe_load((REPO / "k8s/base/driver.yaml").read_text())["spec"]["template"]["spec"]
+    values = dockerfile.environment() | {e["name"]: e["value"] for e in driver["containers"][0]["env"]}
+    given = [f"{name}={value}" for name, value in values.items()]
+    shell = "cd /opt/rlhf && snakemake --dry-run results/single-node/rlhf/actor 2>&1"
+    owner = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"]
+    run("chroot", str(root), *owner, "env", "-i", *given, "bash", "-c", shell)
+    shell = "snakemake --help | grep -e --kubernetes-gang-image; python -m snakemake_executor_plugin_kubernetes_gang gc --help"
+    assert "--hours" in run(
+        "chroot", str(root), *owner, "env", "-i", *given, "bash", "-c", f"set -e; {shell}"
+    )
+
+
+def test_the_t9k_image_has_sshd_and_pdsh(root):
+    no_services = root / "usr" / "sbin" / "policy-rc.d"  # as base images have it
+    no_services.write_text("#!/bin/sh\nexit 101\n")
+    no_services.chmod(0o755)
+    run("chroot", str(root), "bash", "/tmp/build/install.sh", "ssh")
+    assert "ssh" in run("chroot", str(root), "pdsh", "-L")
+    run("chroot", str(root), "bash", "-c", "ssh-keygen -A && /usr/sbin/sshd -t")

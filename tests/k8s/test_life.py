@@ -180,6 +180,20 @@ def test_a_changed_command_replaces_the_gang(workdir):
     assert not live, "the old gang's pods were gone before the new one's came"
 
 
+def test_a_group_of_jobs_is_taken_up_again(workdir):
+    """A Snakemake in the pod runs it."""
+    rule = 'rule {0}:\n    output: "{0}.txt"\n    group: "both"\n    shell: "echo {0} >> runs; sleep 8; touch {{output}}"\n'
+    place = workdir('rule all:\n    input: "a.txt", "b.txt"\n' + rule.format("a") + rule.format("b"))
+    first = place.start()
+    wait_until("it runs", lambda: runs(place), limit_s=90)
+    kill(first)
+    place.unlock()
+    code, said = place.run()
+    assert code == 0, said
+    assert "re-attached to the running gang" in said
+    assert runs(place) == 2
+
+
 def test_a_changed_input_replaces_the_gang(workdir):
     snakefile = 'rule copy:\n    input: "in.txt"\n    output: "done.txt"\n    shell: "echo started >> runs; sleep 4; cp {input} {output}"\n'
     place = workdir(snakefile)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 
+import dockerfile
 import pytest
 import yaml
 
@@ -134,7 +135,9 @@ def driver(place: Pipeline, profile) -> dict:
     container["volumeMounts"][0]["mountPath"] = str(harness.volume())
     container["volumeMounts"] += mine["containers"][0]["volumeMounts"]
     values = {
-        "PYTHONPATH": f"{harness.REPO}/k8s:{harness.REPO}/scripts", "SNAKEMAKE_PROFILE": str(profile),
+        # The image is not ours: its variables are, and its code lies where the repository does.
+        "PYTHONPATH": dockerfile.environment()["PYTHONPATH"].replace("/opt/rlhf", str(harness.REPO)),
+        "SNAKEMAKE_PROFILE": str(profile),
         "SNAKEMAKE_KUBERNETES_GANG_IMAGE": harness.IMAGE,
     }  # fmt: skip
     mine_env = [*mine["containers"][0]["env"], *({"name": k, "value": v} for k, v in values.items())]

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import dockerfile
 import yaml
 
 REPO = Path(__file__).parents[2]
@@ -25,6 +26,16 @@ def test_the_training_image_is_not_root_and_has_no_sshd():
     assert re.findall(r"^USER (.*)", training, flags=re.MULTILINE)[-1] == "1000:1000"
     assert "install.sh ssh" not in training
     assert "install.sh ssh" in t9k
+
+
+def test_snakemake_finds_the_executor_in_the_image():
+    """tests/image asks the image's own Snakemake."""
+    folders = [Path(path) for path in dockerfile.environment()["PYTHONPATH"].split(":")]
+    inside = [REPO / folder.relative_to("/opt/rlhf") for folder in folders]
+    assert any(
+        (folder / "snakemake_executor_plugin_kubernetes_gang/__init__.py").exists() for folder in inside
+    )
+    assert any((folder / "rlhf/__init__.py").exists() for folder in inside)
 
 
 def test_no_secret_can_get_into_a_layer():

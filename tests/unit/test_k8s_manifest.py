@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,23 @@ def test_a_gpu_is_requested_and_limited_alike():
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
 
 
-def test_kubernetes_does_not_expand_the_command():
-    env = manifest.manifests(spec())[-1]["spec"]["template"]["spec"]["containers"][0]["env"]
-    assert next(e for e in env if e["name"] == "GANG_COMMAND")["value"].endswith("$$(cat cost)")
+def container_of(case: GangSpec) -> dict:
+    body = manifest.manifests(case)[-1]["spec"]
+    return (body.get("worker") or body)["template"]["spec"]["containers"][0]
+
+
+def expanded(text: str) -> str:
+    """What the kubelet makes of a variable's value: `$$` is a dollar, `$(X)` a variable, `$x` stays."""
+    return re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "", text)
+
+
+@pytest.mark.parametrize("command", ["echo $(cat cost)", "kill $$", "echo $HOME $$(id) $", "x=$((1 + 2))"])
+def test_kubernetes_leaves_the_command_as_it_is(command):
+    env = {
+        e["name"]: e.get("value", "") for e in container_of(spec(command=command, env={"A": command}))["env"]
+    }
+    assert expanded(env["GANG_COMMAND"]) == command
+    assert expanded(env["A"]) == command
 
 
 def test_a_deepspeedjobs_command_lies_in_a_file_with_its_quotes():
@@ -117,6 +132,12 @@ def test_t9k_priorities_are_numbers(priority):
         ({"spec": {"securityContext": {"runAsUser": 0}}}, "runAsUser"),
         ({"spec": {"containers": [{"name": "main", "command": ["sh"]}]}}, "command"),
         ({"spec": {"containers": [{"name": "main", "resources": {"limits": {"memory": "1Gi"}}}]}}, "memory"),
+        ({"spec": {"automountServiceAccountToken": True}}, "automountServiceAccountToken"),
+        ({"spec": {"containers": [{"name": "main", "securityContext": {"privileged": True}}]}}, "privileged"),
+        (
+            {"spec": {"containers": [{"name": "main", "terminationMessagePolicy": "File"}]}},
+            "terminationMessagePolicy",
+        ),
         ({"metadata": {"labels": {"kubernetes-gang/place": "x"}}}, "kubernetes-gang/place"),
         ({"spec": {"containers": [{"image": "x"}]}}, "without a name"),
     ],
@@ -146,6 +167,31 @@ def test_templates_are_read_in_order(tmp_path):
     (tmp_path / "b.yaml").write_text("spec: {nodeSelector: {gpu: h100}}")
     merged = template.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
     assert merged["spec"]["nodeSelector"] == {"gpu": "h100", "zone": "x"}
+
+
+def test_a_later_template_adds_to_a_container_of_an_earlier_one(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "spec: {containers: [{name: main, env: [{name: HF_TOKEN, value: a}]}, {name: side, image: x}],"
+        " initContainers: [{name: first, image: x}]}"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "spec: {containers: [{name: main, env: [{name: MORE, value: b}]}], initContainers: [{name: first, args: [y]}]}"
+    )
+    merged = template.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])["spec"]
+    assert [e["name"] for e in merged["containers"][0]["env"]] == ["HF_TOKEN", "MORE"]
+    assert merged["initContainers"] == [{"name": "first", "image": "x", "args": ["y"]}]
+
+
+def test_profiles_t9k_gives_ipc_lock_back_and_rdma_when_asked_for():
+    folder = GOLDEN.parents[2] / "profiles" / "t9k"
+    profile = yaml.safe_load((folder / "config.yaml").read_text())
+    [named] = profile["kubernetes-gang-gpu-pod-template"]
+    files = [folder.parents[1] / named]
+    assert "rdma" not in str(files)
+    for more in ([], [folder / "rdma.yaml"]):
+        main = container_of(spec(**BIG | {"template": template.load(files + more)}, backend="deepspeedjob"))
+        assert main["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+        assert ("rdma/rdma_shared_device_a" in main["resources"]["limits"]) == bool(more)
 
 
 @pytest.mark.parametrize("text", ["[1]", "spec: {a: [", "replicas: 2"])

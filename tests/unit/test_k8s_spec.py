@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snakemake_interface_common.exceptions import WorkflowError
 
-from snakemake_executor_plugin_kubernetes_gang import jobs, spec
+from snakemake_executor_plugin_kubernetes_gang import Executor, jobs, spec
 from snakemake_executor_plugin_kubernetes_gang.news import News
 from snakemake_executor_plugin_kubernetes_gang.settings import ExecutorSettings
 
@@ -79,30 +79,69 @@ def test_wrong_options_are_named(options, word):
         ExecutorSettings(**options)
 
 
-def test_a_proxys_password_does_not_go_into_manifests(monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:secret@proxy.example:3128")
+@pytest.mark.parametrize(
+    "value",
+    ["http://me:secret@proxy.example:3128", "me:secret@proxy.example:3128", "http://a https://me:secret@b/x"],
+)
+def test_a_proxys_password_does_not_go_into_manifests(monkeypatch, value):
+    monkeypatch.setenv("HTTPS_PROXY", value)
     with pytest.raises(spec.SpecError, match="HTTPS_PROXY holds a password") as error:
-        jobs._environment(1, ExecutorSettings())
+        jobs._environment(ExecutorSettings())
     assert "secret@" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password"])
+def test_a_variable_that_is_a_secret_by_its_name_is_not_passed(name):
+    with pytest.raises(WorkflowError, match=f"pass-env {name}: .*secretKeyRef"):
+        ExecutorSettings(pass_env=["HF_ENDPOINT", name])
+
+
+def test_what_looks_like_a_secret_and_is_none_is_passed(monkeypatch):
+    values = {"TOKENIZERS_PARALLELISM": "true", "MAIL": "me@example.org", "HF_ENDPOINT": "https://hub/a@b"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    env = jobs._environment(ExecutorSettings(pass_env=list(values)))
+    assert env.items() >= values.items()
+
+
+@pytest.mark.parametrize(
+    ("threads", "nodes", "cpu", "expected"),
+    [(4, 2, None, "2"), (2, 1, "64", "64"), (2, 1, "100m", "2"), (2, 1, "2500m", "2"), (1, 1, 0.5, "1")],
+)
+def test_threads_of_a_pod_are_its_cpus_where_snakemake_has_cut_those_of_the_rule(
+    threads, nodes, cpu, expected
+):
+    """Snakemake cuts `threads` to the CPUs of the machine that it runs on."""
+    resources = {} if cpu is None else {"cpu": cpu}
+    assert jobs.thread_variables(threads, nodes, resources)["OMP_NUM_THREADS"] == expected
+
+
 def test_proxies_and_named_variables_reach_pods(monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/volume/authority.pem")
     monkeypatch.setenv("NO_PROXY", "localhost,.cluster.local")
     monkeypatch.setenv("MIRROR", "https://mirror.example/x")
-    env = jobs._environment(3, ExecutorSettings(pass_env=["MIRROR"]))
+    env = jobs._environment(ExecutorSettings(pass_env=["MIRROR"]))
     assert env["NO_PROXY"] == "localhost,.cluster.local"
     assert env["MIRROR"] == "https://mirror.example/x"
-    assert env["OMP_NUM_THREADS"] == "3"
+    assert env["SSL_CERT_FILE"] == "/volume/authority.pem"
 
 
 def test_a_user_that_the_image_does_not_know_has_a_name(monkeypatch):
     """Snakemake in a pod, and torch, look for one."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in jobs._environment(1, ExecutorSettings()).items():
+    for name, value in jobs._environment(ExecutorSettings()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     assert getpass.getuser() == str(os.getuid())
+
+
+def test_a_group_that_runs_is_taken_up_again():
+    """A group has no rule, and with it no shadow directory."""
+    left = {"kind": "Job", "metadata": {"annotations": {"kubernetes-gang/fingerprint": "f"}}}
+    wanted = SimpleNamespace(annotations={"kubernetes-gang/fingerprint": "f"}, nodes=1)
+    group = SimpleNamespace(is_group=lambda: True, output=[])
+    assert Executor._why_not(None, left, group, wanted) == ""
 
 
 def test_a_queue_needs_a_system():
