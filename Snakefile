@@ -5,10 +5,17 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
+include: "rules/common.smk"
+
+
+refuse_unreadable("config.yaml")
+
+
 configfile: "config.yaml"
 
 
-include: "rules/common.smk"
+CONFIG, PLAN = load_plan()
+set_environment(CONFIG)
 
 
 workdir: CONFIG.pvc

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 SCRIPTS = Path(workflow.basedir) / "scripts"
@@ -41,16 +42,33 @@ def refuse_unusable_volume(pvc):
         )
 
 
-def load_plan():
-    """The configuration and its plan; a mistake ends Snakemake with one message and code 2."""
+@contextmanager
+def one_message():
+    """A user's mistake inside of the block ends Snakemake with one message and code 2."""
     try:
-        if workflow.is_main_process:
-            for (
-                path
-            ) in (
-                workflow.configfiles
-            ):  # Snakemake has read them, but not looked for doubles
-                yaml_file.read(Path(path))
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def refuse_unreadable(path):
+    """Refuse a file that is no YAML or in which a key stands twice, by file and line.
+
+    Snakemake looks for no doubles, and of what is no YAML it names neither. What --configfile names it has
+    read before the Snakefile: there doubles alone are left to find, and of the rest `scripts/store.py
+    --configfile FILE ls` names the line.
+    """
+    if workflow.is_main_process and Path(path).exists():
+        with one_message():
+            yaml_file.read(Path(path))
+
+
+def load_plan():
+    """The configuration and its plan."""
+    for path in workflow.configfiles:
+        refuse_unreadable(path)
+    with one_message():
         settings = configuration.load(config)
         refuse_unusable_volume(settings.pvc)
 
@@ -67,20 +85,15 @@ def load_plan():
             lambda source: Path(settings.pvc, source).exists(),
         )
         return settings, plan
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
-CONFIG, PLAN = load_plan()
-
-if CONFIG.offline:
-    os.environ.update(HF_HUB_OFFLINE="1")  # the client's own switch; jobs inherit it
-
-# Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
-os.environ.update(
-    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
-)
+def set_environment(settings):
+    """Set what jobs inherit."""
+    if settings.offline:
+        os.environ.update(HF_HUB_OFFLINE="1")  # the client's own switch
+    # Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
+    path = [str(Path(sys.executable).parent), *os.get_exec_path()]
+    os.environ.update(PATH=os.pathsep.join(path))
 
 
 def artefact(path):

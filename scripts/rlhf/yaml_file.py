@@ -17,20 +17,23 @@ class _Unique(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _at(key, "a key should be a name, not a list or a mapping")
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value} stands twice in one mapping, the second would replace the first",
-                    problem_mark=key.start_mark,
-                )
+                raise _at(key, f"{key.value} stands twice in one mapping, the second would replace the first")
             seen.add(key.value)
         return node
+
+
+def _at(key: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return a file's mapping, empty for an empty file.
 
     Raises:
-        UserError: it cannot be read, is no YAML or no mapping, or a key stands twice.
+        UserError: it cannot be read, is no YAML or no mapping, or a key stands twice or is no name.
     """
     try:
         # A safe loader: it makes plain values alone.

@@ -32,6 +32,8 @@ def test_a_merge_may_be_overridden_also_through_an_alias(tmp_path):
         ("a: {rlhf: {kl_coef: 0.1}, rlhf: {iterations: 80}}\n", "line 1: rlhf stands twice"),
         ("- a list\n", "should be a mapping"),
         ("a: [1\n", "line 2: "),
+        ("a: 1\n? [b, c]\n: 2\n", "line 2: a key should be a name, not a list or a mapping"),
+        ("a: {? {b: c} : 2}\n", "line 1: a key should be a name"),
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path, text, why):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,17 @@ def test_a_scenario_that_stands_twice_is_refused(empty):
     run = empty.snakemake("-n", ACTOR, config="scenarios: {a: {}, b: {}, a: {base: b}}\n", check=False)
     assert run.returncode == 2
     assert "line 2: a stands twice in one mapping" in run.stderr
+
+
+def test_a_config_yaml_that_is_no_yaml_is_told_by_its_line(empty, tmp_path):
+    copied = tmp_path / "project"
+    for name in ("rules", "scripts"):
+        shutil.copytree(empty.project / name, copied / name)
+    shutil.copy(empty.project / "Snakefile", copied)
+    (copied / "config.yaml").write_text("scenarios:\n  a: {seed: 1\n  b: {}\n")
+    run = type(empty)(empty.volume, copied).snakemake("-n", ACTOR, check=False)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False)
+    assert "error: config.yaml, line 3: " in run.stderr
 
 
 def test_the_pvc_moves_artefacts_and_keeps_their_names(empty, tmp_path_factory):
