@@ -25,6 +25,7 @@ from rlhf.config_training import (
     RlhfRun,
     Section,
     TrainingRun,
+    fp16_without_gpus,
     multiples,
     not_one,
 )
@@ -168,6 +169,7 @@ class Training(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
+        yield from fp16_without_gpus(self.dtype, self.run)
         yield from not_one(self, "epochs", "steps")
         part = self.run.micro_batch_size * self.run.processes
         if self.train_batch_size % part:
@@ -233,8 +235,14 @@ class Rlhf(Section):
     run: RlhfRun
 
     def conflicts(self) -> Iterator[Conflict]:
+        yield from fp16_without_gpus(self.dtype, self.run)
         yield from not_one(self, "epochs", "iterations")
         batch, run = self.rollout_batch_size, self.run
+        if self.kl_target is not None and self.kl_coef == 0:
+            yield (
+                ("kl_target", "kl_coef"),
+                "a coefficient of 0 stays 0, it moves by factors: choose kl_coef above 0, or kl_target null",
+            )
         if self.kl_target is not None and self.kl_horizon < batch:
             yield (
                 ("kl_horizon", "rollout_batch_size"),

@@ -67,7 +67,7 @@ class Optimizer(Section):
 
     learning_rate: Float = Field(ge=0, description="peak learning rate")
     weight_decay: Float = Field(ge=0, description="decoupled, on matrices only")
-    betas: tuple[Beta, Beta] = Field(description="Adam's moment decay rates")
+    betas: tuple[Beta, Beta] = Field(description="Adam's moment decay rates: a list of two")
     eps: Float = Field(gt=0, description="Adam's denominator term")
     max_grad_norm: Float = Field(gt=0, description="global gradient norm is clipped to this")
     schedule: Literal["cosine", "linear", "constant"] = Field(description="shape after warm-up")
@@ -140,6 +140,12 @@ class Run(Section):
     def cut(self) -> dict[str, int]:
         """What a saved training state depends on: it holds shards."""
         return {"processes": self.processes, "zero_stage": self.zero_stage}
+
+
+def fp16_without_gpus(dtype: Dtype, run: Run) -> Iterator[Conflict]:
+    """Yield a conflict of a stage's dtype with where it runs."""
+    if dtype == "fp16" and not run.gpus:
+        yield ("dtype", "run.gpus"), "fp16 is trained on GPUs only: choose bf16 or fp32, or gpus above 0"
 
 
 class TrainingRun(Run):

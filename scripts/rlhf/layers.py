@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +17,15 @@ from rlhf.errors import ConfigError
 Tree = dict[str, Any]
 Layers = list[tuple[str, Tree]]  # (origin, overrides), the base first
 Location = tuple[Any, ...]
+
+WORDS = {  # for those of pydantic's that name Python's types, and not what to write
+    "model_type": "should be a mapping",
+    "dict_type": "should be a mapping",
+    "tuple_type": "should be a list",
+    "string_type": "should be a text",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+}
 
 
 def listing(errors: list[str]) -> str:
@@ -83,8 +93,17 @@ def _errors(kind: type[BaseModel], tree: Tree) -> list[Any]:
     try:
         kind.model_validate(tree)
     except ValidationError as error:
-        return error.errors()
+        return [_of_the_list(e) for e in error.errors()]
     return []
+
+
+def _of_the_list(error: Any) -> Any:
+    """Return a mistake, that of a list which lacks an item as the list's: pydantic calls it the item's."""
+    loc = error["loc"]
+    if error["type"] != "missing" or not isinstance(loc[-1], int):
+        return error
+    words = f"should have at least {loc[-1] + 1} items, not {len(error['input'])}"
+    return {**error, "type": "too_short", "loc": loc[:-1], "msg": words}
 
 
 def _fields(error: Any) -> list[Location]:
@@ -148,10 +167,25 @@ def _sentence(kind: type[BaseModel], name: str, error: Any, merged: Tree, chain:
             for origin, group in itertools.groupby(fields, key=fields.__getitem__)
         )
         return f"{name}: {values}: {error['msg']}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    if isinstance(error["input"], dict):  # a check of a whole section: its message names the values
-        return f"{name}: {_dotted(loc)} (from {fields[loc]}): {message}"
-    return f"{name}: {_dotted(loc)} = {error['input']!r} (from {fields[loc]}): {message}{_description(kind, loc)}"
+    return f"{name}: {_dotted(loc)}{_wrong_value(kind, error, fields[loc])}"
+
+
+def _wrong_value(kind: type[BaseModel], error: Any, origin: str) -> str:
+    """Say which value a field has, and what it should be."""
+    loc, words, own = error["loc"], _words(kind, error), error["type"] == "value_error"
+    if own and isinstance(error["input"], dict):  # a check of a whole section: its message names the values
+        return f" (from {origin}): {words}"
+    # An item of a list is told with the list's meaning, but for our own checks, which say all.
+    meant = loc[:-1] if len(loc) > 1 and isinstance(loc[-1], int) and not own else loc
+    return f" = {error['input']!r} (from {origin}): {words}{_description(kind, meant)}"
+
+
+def _words(kind: type[BaseModel], error: Any) -> str:
+    """Say what a value should be."""
+    plain = re.sub(r"^(Value error, |(Input|Tuple|String) (?=should))| after validation", "", error["msg"])
+    words = WORDS.get(error["type"], plain)
+    section = _section_of(kind, error["loc"]) if error["type"] == "model_type" else None
+    return f"{words} with {', '.join(section.model_fields)}" if section else words
 
 
 def unknown(field: str, value: object, origin: str, known: list[str]) -> str:

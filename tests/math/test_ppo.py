@@ -59,6 +59,19 @@ def test_gamma_discounts_what_follows_and_lambda_weighs_what_was_seen():
     close(targets.returns[3], torch.tensor([first, 3.0, 0.0, 0.0]))
 
 
+def test_advantages_are_whitened_over_the_tokens_of_replies():
+    """And only they: what the critic learns, returns, keeps its size."""
+    scores = torch.tensor([5.0, -1.0, 2.0, 4.0, 0.5, 3.0])
+    targets, _ = targets_of(scores, values=torch.full(MASK.shape, 9.0), reward_clip=100.0)
+    inside = targets.advantages[MASK]
+    close(inside.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    close(inside.var(correction=0), torch.tensor(1.0))
+    assert (targets.advantages[~MASK] == 0).all()
+    raw = targets.returns[MASK] - 9  # advantages before: whitening keeps their order
+    assert torch.equal(raw.argsort(stable=True), inside.argsort(stable=True))
+    assert raw.std() > 1.5
+
+
 def test_only_replies_without_eos_are_penalised():
     scores = torch.linspace(-1, 1, 6)
     found, values = asked(scores, missing_eos_penalty=0.75)
@@ -95,6 +108,25 @@ def test_a_control_gives_replies_each_others_scores():
 def scorers(actor_path):
     """Return a critic and a reward model."""
     return [models.new_scorer(actor_path, torch.float32, trainings.PAD, seed=s).eval() for s in (3, 4)]
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_scores_have_mean_0_and_sd_1_over_the_replies_of_the_sft_model(actor, scorers, tmp_path, size):
+    """Whatever the reward model's scale, and in how many rollouts they are drawn."""
+    trainings.write_rows(tmp_path, "rlhf", vocabulary=64)
+    prompts, (critic, judge) = Rows(tmp_path / "train"), map(Root, scorers)
+    four, sampling = (
+        Models(Root(actor), critic, Root(actor), judge),
+        Sampling(6, 1.0, trainings.EOS, trainings.PAD),
+    )
+    setup = trainings.settings("rlhf", {"rollout_batch_size": size, "mini_batches": 1, "kl_coef": 0.7})
+    control = ppo._calibrate(four, setup, sampling, trainings.SEED, prompts)
+    asked = [prompts[int(i)][0] for i in order.stream(len(prompts), trainings.SEED, 0, setup.reward_samples)]
+    seen = rollout.roll_out(four, asked, sampling, trainings.SEED, rollout.CALIBRATION, 0, setup.run)
+    assert abs(seen.scores.mean()) + abs(seen.scores.std() - 1) > 0.1  # raw ones are not so by chance
+    assert ppo._targets(seen, setup, control, None)[1]["score"] == pytest.approx(0, abs=1e-4)
+    assert control.score_sd == pytest.approx(float(seen.scores.std()), rel=1e-3)
+    assert control.kl_coef == 0.7
 
 
 @pytest.fixture

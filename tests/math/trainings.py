@@ -47,6 +47,8 @@ def settings(stage: str, changes: dict) -> config.Section:
     """Return a stage's section of the built-in scenario, made small, with a case's changes."""
     tree = yaml.safe_load(FILE.read_text())
     merged = config.merge(config.merge(tree["defaults"][stage], BASE[stage]), changes)
+    if merged["dtype"] == "fp16":  # a user needs GPUs for it; here CPUs do what they do, see `main`
+        merged = config.merge(merged, {"run": {"gpus": merged["run"]["processes"]}})
     return {"sft": config.Sft, "reward": config.Reward, "rlhf": config.Rlhf}[stage].model_validate(merged)
 
 

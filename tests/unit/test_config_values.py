@@ -186,6 +186,64 @@ def test_every_stage_needs_a_share(shares):
     )
 
 
+SECTION = "should be a mapping with"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"actor": "a/b"}, f"actor = 'a/b' (from scenarios.a): {SECTION} model, revision"),
+        (
+            {"sft": {"lora": True}},
+            f"sft.lora = True (from scenarios.a): {SECTION} dim, alpha, learning_rate, targets, only (adapters;"
+            " null: train all weights)",
+        ),
+        (
+            {"sft": {"datasets": [1]}},
+            f"sft.datasets.0 = 1 (from scenarios.a): {SECTION} name, revision, split, columns (a list of names,"
+            " or of {name, revision, split, columns})",
+        ),
+        ({"sft": {"datasets": "x"}}, "sft.datasets = 'x' (from scenarios.a): should be a list (a list of names,"),
+        (
+            {"sft": {"datasets": {"name": "a/b"}}},
+            "sft.datasets = {'name': 'a/b'} (from scenarios.a): should be a list (a list of names,",
+        ),
+        ({"sft": {"datasets": []}}, "sft.datasets = [] (from scenarios.a): should have at least 1 item, not 0 ("),
+        (
+            {"sft": {"optimizer": {"betas": [0.9]}}},
+            "sft.optimizer.betas = [0.9] (from scenarios.a): should have at least 2 items, not 1 (Adam's",
+        ),
+        (
+            {"sft": {"optimizer": {"betas": [0.9, 0.9, 0.9]}}},
+            "sft.optimizer.betas = [0.9, 0.9, 0.9] (from scenarios.a): should have at most 2 items, not 3 (Adam's",
+        ),
+        ({"sft": {"optimizer": {"betas": 0.9}}}, "should be a list (Adam's moment decay rates: a list of two)"),
+        ({"data": {"shares": 3}}, "data.shares = 3 (from scenarios.a): should be a mapping (parts per stage)"),
+        ({"actor": {"model": 3}}, "actor.model = 3 (from scenarios.a): should be a text (where"),
+        ({"rlhf": {"shuffle_scores": "maybe"}}, "= 'maybe' (from scenarios.a): should be true or false (control"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_told_with_what_to_write(change, said):
+    assert said in the_mistake(a=change)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_fp16_needs_gpus(stage):
+    assert the_mistake(a={stage: {"dtype": "fp16"}}) == (
+        f"a: {stage}.dtype = 'fp16' (from scenarios.a), {stage}.run.gpus = 0 (from defaults): fp16 is trained on"
+        " GPUs only: choose bf16 or fp32, or gpus above 0"
+    )
+    config.load(written(a={stage: {"dtype": "fp16", "run": {"gpus": 1}}}))
+
+
+def test_a_coefficient_of_0_cannot_follow_a_target():
+    said = the_mistake(a={"rlhf": {"kl_coef": 0, "kl_target": 6}})
+    assert said.startswith(
+        "a: rlhf.kl_target = 6, rlhf.kl_coef = 0 (from scenarios.a): a coefficient of 0 stays 0"
+    )
+    config.load(written(a={"rlhf": {"kl_coef": 0}}))
+
+
 @pytest.mark.parametrize("name", ["Tiny", "a b", "-a", "a/b", "ä"])
 def test_a_name_that_makes_no_directory_is_refused(name):
     assert name in the_mistake(**{name: {}})

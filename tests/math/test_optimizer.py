@@ -1,0 +1,116 @@
+"""What an optimizer step does to weights: the schedule, clipping, and which weights decay."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+import trainings
+from safetensors.torch import load_file
+
+from rlhf import config, engine
+
+STEPS = 40
+
+
+def factors(steps=STEPS, **changes):
+    """Return the learning rate of every step over the peak."""
+    optimizer = config.Optimizer(**{
+        "learning_rate": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "max_grad_norm": 1.0,
+        "schedule": "cosine", "warmup_steps": 10, "final_ratio": 0.2, **changes,
+    })  # fmt: skip
+    return [engine.lr_factor(optimizer, step, steps) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 10}, {"warmup_steps": None, "warmup_ratio": 0.25}])
+def test_the_rate_rises_evenly_to_the_peak_and_falls_to_its_end(schedule, warmup):
+    found = factors(schedule=schedule, **warmup)
+    assert found[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert found[10] == max(found) == 1
+    assert all(after < before for before, after in itertools.pairwise(found[10:]))
+    assert found[25] == pytest.approx((1 + 0.2) / 2)  # halfway in time, halfway between peak and end
+    assert found[STEPS] == pytest.approx(0.2)
+
+
+def test_a_line_falls_evenly_and_a_cosine_slowly_at_both_ends():
+    line, cosine = (
+        [b - a for a, b in itertools.pairwise(factors(schedule=s)[10:])] for s in ("linear", "cosine")
+    )
+    assert line == pytest.approx([line[0]] * 30)
+    assert max(cosine[0], cosine[-1]) < 0 > min(cosine)
+    assert abs(cosine[0]) < abs(line[0]) / 5 > abs(cosine[-1])
+    assert abs(cosine[15]) > abs(line[15])
+
+
+def test_a_constant_rate_stays_and_without_warmup_the_first_step_has_the_peak():
+    assert factors(schedule="constant", warmup_steps=0) == [1.0] * (STEPS + 1)
+    assert factors(schedule="constant")[10:] == [1.0] * 31
+    assert factors(warmup_steps=0)[0] == 1
+
+
+# An eps far above every gradient makes a first step of AdamW the gradient, times learning rate / eps.
+PLAIN = {
+    "learning_rate": 1.0e6, "eps": 1.0e6, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0
+}  # fmt: skip
+STILL = {**PLAIN, "learning_rate": 0.5, "eps": 1.0e12, "weight_decay": 0.1, "max_grad_norm": 1.0}
+LINE = {"schedule": "linear", "warmup_steps": 2, "final_ratio": 0.5, "learning_rate": 1.0e-3}
+CUT = 0.01  # a gradient's norm, far below that of a random model
+
+
+def case(name, optimizer, steps=1, zero=0):
+    return {
+        "name": name, "stage": "sft",
+        "changes": {"steps": steps, "optimizer": optimizer, "run": {"zero_stage": zero}},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(actor_path, tmp_path_factory):
+    """Return name of a case -> directory of what it made."""
+    root = tmp_path_factory.mktemp("optimizer")
+    trainings.write_rows(root / "data/sft", "sft", vocabulary=64)
+    cases = [case("decay", STILL), case("line", LINE, steps=6)]
+    for zero in (0, 2, 3):
+        cases.append(case(f"whole-{zero}", {**PLAIN, "max_grad_norm": 1.0e6}, zero=zero))
+        cases.append(case(f"cut-{zero}", {**PLAIN, "max_grad_norm": CUT}, zero=zero))
+    sources = {"actor": actor_path, "scorer": actor_path, "data": root / "data"}
+    out = trainings.launch(root, 1, sources, cases)
+    return {c["name"]: out / c["name"] for c in cases}
+
+
+def moved(path, actor):
+    """Return by how much a training moved all weights, as one vector."""
+    after = load_file(path / "model/model.safetensors")
+    before = actor.state_dict()
+    return torch.cat([(after[name] - before[name]).flatten().double() for name in after])
+
+
+def metrics_of(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_gradient_is_clipped_to_its_norm_and_keeps_its_direction(made, actor, zero):
+    """Its norm before is told; a gradient below the limit is left alone."""
+    whole, cut = (moved(made[f"{name}-{zero}"], actor) for name in ("whole", "cut"))
+    (told,) = metrics_of(made[f"cut-{zero}"])
+    assert told["grad_norm"] > 10 * CUT
+    assert whole.norm() == pytest.approx(told["grad_norm"], rel=1e-3)
+    assert cut.norm() == pytest.approx(CUT, rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(whole, cut, dim=0) > 0.999
+
+
+def test_matrices_decay_without_a_gradient_and_vectors_do_not(made, actor):
+    """By learning rate times decay; norms, which are 1, would be seen to shrink."""
+    before = actor.state_dict()
+    for name, after in load_file(made["decay"] / "model/model.safetensors").items():
+        kept = 1 - 0.5 * 0.1 if after.dim() >= 2 else 1.0
+        torch.testing.assert_close(after, kept * before[name], msg=name)
+
+
+def test_a_training_follows_its_schedule(made):
+    rates = [line["learning_rate"] for line in metrics_of(made["line"])]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
