@@ -36,7 +36,7 @@ def main() -> None:
         draft.provenance["metrics"] = measured
 
         def save(model: Any, name: str, title: str, kind: str) -> None:
-            models.save(model, tokenizer, draft.path / name)
+            models.save(model, tokenizer, draft.path / name, config.temperature)
             if parallel.rank() == 0:
                 card.write(draft.path / name, title, args.spec, measured, kind)
 

@@ -115,6 +115,10 @@ def initialise(
         lora: whose adapters the model has.
         steps: optimizer steps of the whole training, which the schedule spans.
     """
+    if (warmup := warmup_steps(optimizer, steps)) > steps:
+        logger.warning(
+            "a warm-up of %d steps in a training of %d: the peak learning rate is not reached", warmup, steps
+        )
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = torch.optim.AdamW(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -38,10 +39,11 @@ def load_actor(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Load a causal language model.
 
     Raises:
-        DataError: weights are missing, unexpected or of another shape; they are named.
+        DataError: weights are missing, unexpected or of another shape; they are named. Or its config.json
+            is no model's.
         UserError: it gives scores, not text.
     """
-    kinds = AutoConfig.from_pretrained(path).architectures or []
+    kinds = _config(path).architectures or []
     if any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(f"{path} is a reward model or a critic: it gives scores, not replies; give an actor")
     return _load(AutoModelForCausalLM, path, dtype, allowed=set())
@@ -77,7 +79,7 @@ def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTra
 def _load(
     kind: Any, path: Path, dtype: torch.dtype | str, allowed: set[str], **options: Any
 ) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path, **options)
+    config = _config(path, **options)
     for name in vars(config):
         if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
@@ -86,6 +88,15 @@ def _load(
     if wrong := {what: names for what, names in found.items() if names}:
         raise DataError(f"{path} does not hold the weights that its config.json says: {wrong}")
     return model
+
+
+def _config(path: Path, **options: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise DataError(
+            f"{path / 'config.json'} is not that of a model: {' '.join(str(error).split())}"
+        ) from None
 
 
 def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:
@@ -136,16 +147,21 @@ def scores(model: Any, batch: Padded | Packed) -> Tensor:
     return token_values(model, batch).flatten()[batch.ends]
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, temperature: float = 1.0
+) -> None:
     """Write a plain Hugging Face directory: safetensors, whole tokenizer, generation settings.
 
     All processes call it, rank 0 writes. A model that ZeRO-3 holds is written a file at a time.
+
+    Args:
+        temperature: at which its replies were drawn and judged, which `generate` draws at then, too.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0,
+            pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0, temperature=temperature,
         )  # fmt: skip
     if parallel.rank() == 0:
         path.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf import lora, models, reward, sft
 from rlhf.config import Lora
+from rlhf.errors import DataError
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.tokens import Packed, arrange, pack, pad, response_labels
 
@@ -114,11 +115,13 @@ def test_greedy_replies_are_those_of_transformers(model, sequences):
 
 def test_saved_models_are_read_by_transformers(model, scorer, sequences, tmp_path):
     tokenizer = trainings.NoTokenizer()
-    models.save(model, tokenizer, tmp_path / "actor")
+    models.save(model, tokenizer, tmp_path / "actor", temperature=0.7)
     models.save(scorer, tokenizer, tmp_path / "scorer")
     batch = pad(sequences(9, 14), PAD, side="right")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    how = again.generation_config  # replies are drawn as those that it was trained on
+    assert (how.do_sample, how.temperature, how.top_k, how.top_p or 1.0) == (True, 0.7, 0, 1.0)
     with torch.no_grad():
         inputs = models.hidden_inputs(model, batch)
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
@@ -126,6 +129,15 @@ def test_saved_models_are_read_by_transformers(model, scorer, sequences, tmp_pat
             judge(input_ids=batch.ids, attention_mask=batch.mask.long()).logits[:, 0],
             models.scores(scorer, batch), atol=1e-4, rtol=1e-4,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model_type": "nosuch"}', '{"model_type": "opt", "hidden_size": "wide"}']
+)
+def test_a_config_json_that_is_not_a_models_is_told(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"/config\.json is not that of a model: "):
+        models.load_actor(tmp_path, torch.float32)
 
 
 def test_a_new_head_fits_what_the_model_gives_out(scorer, name):

@@ -72,7 +72,7 @@ def made(actor_path, tmp_path_factory):
     """Return name of a case -> directory of what it made."""
     root = tmp_path_factory.mktemp("optimizer")
     trainings.write_rows(root / "data/sft", "sft", vocabulary=64)
-    cases = [case("decay", STILL), case("line", LINE, steps=6)]
+    cases = [case("decay", STILL), case("line", LINE, steps=6), case("short", {"warmup_steps": 7}, steps=6)]
     for zero in (0, 2, 3):
         cases.append(case(f"whole-{zero}", {**PLAIN, "max_grad_norm": 1.0e6}, zero=zero))
         cases.append(case(f"cut-{zero}", {**PLAIN, "max_grad_norm": CUT}, zero=zero))
@@ -114,3 +114,10 @@ def test_matrices_decay_without_a_gradient_and_vectors_do_not(made, actor):
 def test_a_training_follows_its_schedule(made):
     rates = [line["learning_rate"] for line in metrics_of(made["line"])]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
+
+
+def test_a_warmup_that_a_training_is_too_short_for_is_told(made):
+    assert (made["short"] / "warnings.txt").read_text().splitlines() == [
+        "a warm-up of 7 steps in a training of 6: the peak learning rate is not reached"
+    ]
+    assert (made["line"] / "warnings.txt").read_text() == ""
