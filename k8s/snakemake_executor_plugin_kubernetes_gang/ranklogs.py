@@ -36,10 +36,9 @@ class RankLogs:
     def collect(self, pods: Iterable[status.Json]) -> bool:
         """Whether the logs of a gang that has ended are stored; ask again while they are not."""
         followers = [self._follower(pod) for pod in pods]
-        for follower in followers:
-            follower.finish()
+        first = [follower for follower in followers if follower.finish()]
         until = time.monotonic() + JOIN_S
-        for follower in followers:
+        for follower in first:
             follower.join(max(0.0, until - time.monotonic()))
         return all([follower.is_done() for follower in followers])
 
