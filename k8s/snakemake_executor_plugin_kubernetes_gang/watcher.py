@@ -142,6 +142,8 @@ class Watcher:
         clock = time.monotonic()
         if now.phase == "queued":
             watch.half_since = watch.broken_since = 0.0
+            if watch.said == "running":
+                self._news.refresh()  # what is known of the queue is older
             watch.taken_back |= {p["metadata"]["uid"] for p in now.pods if status.is_broken(p)}
         elif any(status.is_broken(pod) for pod in now.pods):
             watch.broken_since = watch.broken_since or clock

@@ -78,7 +78,9 @@ def seen(monkeypatch, tmp_path):
     monkeypatch.setattr(watcher, "RankLogs", lambda *_: Logs(gangs.done))
     site = SimpleNamespace(settings=SimpleNamespace(start_timeout=600))
     made = watcher.Watcher(gangs, site, said.append, lambda name, line: None)
-    made._news = SimpleNamespace(warnings=lambda *_: [], workloads=lambda uid: [], refresh=lambda: None)
+    made._news = SimpleNamespace(
+        warnings=lambda *_: [], workloads=lambda uid: [], refresh=lambda: gangs.done.append("refresh")
+    )
     spec = GangSpec(name="one-0123456789", command="true", workdir="/w", project="/w/S", image="i", uid=1, gid=1,
                     state_dir=str(tmp_path), token="t", nodes=2)  # fmt: skip
     watch = made.begin(SimpleNamespace(attempt=1, restart_times=0), spec, GANG)
@@ -142,6 +144,7 @@ def test_a_gang_that_a_queue_takes_back_is_waited_for(seen):
     look(seen, 1)
     look(seen, 100)
     assert not seen.watch.ending
+    assert "refresh" in seen.gangs.done, "why it was taken back is asked anew"
     assert any("it is suspended, as by a queue" in text for text in seen.said)
 
 
