@@ -31,6 +31,7 @@ def root(tmp_path_factory):
     if os.getuid() != 0 or not shutil.which("debootstrap"):
         pytest.skip("it needs root and debootstrap")
     place = tmp_path_factory.mktemp("image")
+    place.chmod(0o755)  # for who is not root in it
     run("debootstrap", "--variant=minbase", "bookworm", str(place))
     shutil.copy("/etc/resolv.conf", place / "etc" / "resolv.conf")
     build = place / "tmp" / "build"
