@@ -134,8 +134,7 @@ class Cluster:
             raise Unreachable(f"{method} {path}: {error}") from error
         if answer.status >= 400:
             raise _api_error(answer.status, answer.headers, text)
-        parsed: Json = json.loads(text) if text else {}
-        return parsed
+        return _parsed(text) if text else {}
 
     def request(
         self,
@@ -178,6 +177,11 @@ class Cluster:
             self._api, _ = self._load()
         except Unreachable as error:
             self._say(f"credentials cannot be read again: {error}")
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the API server did not answer when last asked."""
+        return bool(self._away_since)
 
     def is_away(self, why: str) -> None:
         """Say once that the API is away."""
@@ -307,7 +311,7 @@ class Cluster:
             if answer.status >= 400:
                 raise _api_error(answer.status, answer.headers, answer.data)
             for line in _lines(answer):
-                change = json.loads(line)
+                change = _parsed(line)
                 if change["type"] == "ERROR":
                     found = change["object"]
                     raise ApiError(found.get("code", 500), found.get("reason", ""), found.get("message", ""))
@@ -334,6 +338,22 @@ def _lines(answer: Any) -> Iterator[bytes]:
     for chunk in answer.stream(amt=None, decode_content=True):
         *lines, pending = (pending + chunk).split(b"\n")
         yield from (line for line in lines if line)
+
+
+def _parsed(text: bytes) -> Json:
+    """Return an answer's object.
+
+    Raises:
+        Unreachable: it is none, so somebody else has answered.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() & {"metadata", "type"}:
+        start = text.decode(errors="replace")[:80]
+        raise Unreachable(f"the answer is not an API server's but {start!r}; is there a proxy in between?")
+    return found
 
 
 def _api_error(status: int, headers: Mapping[str, str], text: bytes) -> ApiError:

@@ -7,7 +7,7 @@ peers end with network errors, and those are never the cause.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import status, waits
@@ -36,6 +36,11 @@ LOG_CAUSES = (
 PEER = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Broken pipe.*(gloo|nccl)|NCCL.*remote"
 )
+# Steps with such numbers are skipped and survived, and are told in the same words as those that end a training.
+SURVIVED = ("nan",)
+ERROR = re.compile(r"\s*(\[rank\d+\]:\s*)?(\w+\.)*(\w*Error|\w*Exception|error)\b")
+# What launchers say of a process that has failed.
+LAUNCHERS = re.compile(r"ChildFailedError|CalledProcessError")
 LOG_END = 80  # lines: what stands further up was survived
 
 
@@ -156,11 +161,19 @@ def _log_line(case: Case) -> Cause | None:
             end = status.terminated(pod)
             if end and not end.get("exitCode"):
                 continue
-            for line in reversed(_tail(case, pod)):
+            for line in _from_the_end(_tail(case, pod), until_error=reason in SURVIVED):
                 if re.search(pattern, line):
                     code = f"exit code {end['exitCode']}" if end else "still running"
                     return Cause(reason, f"{what} in {name_of(pod)}, {code}", line, advice)
     return None
+
+
+def _from_the_end(lines: list[str], *, until_error: bool) -> Iterator[str]:
+    """Lines from the last one on; `until_error`: up to the first that names an error."""
+    for line in reversed(lines):
+        yield line
+        if until_error and ERROR.match(line) and not LAUNCHERS.search(line):
+            return
 
 
 def _tail(case: Case, pod: Json) -> list[str]:
@@ -191,8 +204,9 @@ def _exit_code(case: Case) -> Cause | None:
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"\s*(\w+\.)*(\w*Error|\w*Exception|error|Error)\b", line)]
-    return (errors or lines or [""])[-1]
+    errors = [line for line in lines if ERROR.match(line)]
+    told = [line for line in errors if not LAUNCHERS.search(line)]
+    return (told or errors or lines or [""])[-1]
 
 
 def _deleted(case: Case) -> Cause | None:

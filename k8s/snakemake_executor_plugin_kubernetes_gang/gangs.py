@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,12 @@ class Gangs:
                 f"{Path(spec.state_dir).parent}/place"
             )
 
-    def read(self, gang: Json, nodes: int) -> tuple[Json, status.Status]:
-        """Return a gang's newest object and status, as the mirrors have them."""
+    def read(self, gang: Json, nodes: int, without: Container[str] = ()) -> tuple[Json, status.Status]:
+        """Return a gang's newest object and status, as the mirrors have them; `without`: uids of pods."""
         name, uid = gang["metadata"]["name"], gang["metadata"]["uid"]
         newest = [thing for thing in self.objects[gang["kind"]].of(name) if thing["metadata"]["uid"] == uid]
-        return (newest or [gang])[0], status.read((newest or [gang])[0], self.pods_of(gang), nodes)
+        pods = [pod for pod in self.pods_of(gang) if pod["metadata"]["uid"] not in without]
+        return (newest or [gang])[0], status.read((newest or [gang])[0], pods, nodes)
 
     def pods_of(self, gang: Json) -> list[Json]:
         """Return all pods this very gang ever had, not those of a predecessor of its name."""

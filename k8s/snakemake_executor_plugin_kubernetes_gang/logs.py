@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from .cluster import CONNECTION_ERRORS, ApiError, Cluster, Unreachable
 
 TAIL_LINES = 200
 AGAIN_S = 5.0  # after a stream that ended well: most often the container has, too
-LAST_TRIES = 3
+# After a container's end: a node that gives nothing for so long has the log no more, or is lost. A kubelet that
+# restarts is back before.
+STUCK_S = 15.0
+NOT_NOW = b"unable to retrieve container logs"  # a kubelet's answer, in the place of a log, with HTTP 200
 LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d)) ?(.*)$", re.DOTALL)
 
 
@@ -26,25 +30,27 @@ class Position:
 
     def __init__(self, stamp: str = "", count: int = 0):
         self.stamp, self.count = stamp, count
-        self._again = 0
+        self._again, self._is_behind = 0, bool(stamp)
 
     def rewind(self) -> dict[str, str]:
         """Prepare for a stream that starts again; return the query that asks for it."""
-        self._again = 0
+        self._again, self._is_behind = 0, bool(self.stamp)
         # The API cuts sinceTime to seconds, so lines of the last second come again.
         return {"sinceTime": self.stamp} if self.stamp else {}
 
     def is_new(self, stamp: str) -> bool:
-        """Whether a line with this timestamp has not been read; lines come in order."""
-        if stamp < self.stamp:
-            return False
-        if stamp > self.stamp:
-            self.stamp, self.count, self._again = stamp, 1, 1
-            return True
-        self._again += 1
-        if self._again <= self.count:
-            return False
-        self.count = self._again
+        """Whether a line with this timestamp has not been read.
+
+        Only the beginning of a stream can come again. Later a line is new whatever its stamp says: a
+        node's clock may be set back.
+        """
+        if self._is_behind and stamp <= self.stamp:
+            self._again += stamp == self.stamp
+            if stamp < self.stamp or self._again <= self.count:
+                return False
+        self._is_behind = False
+        if stamp >= self.stamp:
+            self.stamp, self.count = stamp, self.count + 1 if stamp == self.stamp else 1
         return True
 
 
@@ -57,45 +63,79 @@ def resume(path: Path) -> Position:
     if len(whole) < len(text):
         path.write_bytes(whole)
     stamps = [found.group(1).decode() for line in whole.splitlines() if (found := LINE.match(line))]
-    return Position(stamps[-1], stamps.count(stamps[-1])) if stamps else Position()
+    return Position(max(stamps), stamps.count(max(stamps))) if stamps else Position()
 
 
 class Follower(threading.Thread):
     """Copies a pod's log to a file, and its lines to `show`, until the container has ended.
 
-    One that is ended without having been started copies the whole log with one request.
+    One that is finished without having been started copies the log with one request. With `tail` it begins
+    at the log's end. `is_whole`: whether a stream has ended by itself since the last line.
     """
 
-    def __init__(self, cluster: Cluster, pod: status.Json, path: Path, show: Callable[[str], None]):
+    def __init__(
+        self,
+        cluster: Cluster,
+        pod: status.Json,
+        path: Path,
+        show: Callable[[str], None] = lambda line: None,
+        *,
+        tail: bool = False,
+    ):
         super().__init__(name=f"log-{pod['metadata']['name']}", daemon=True)
         self._cluster, self._path, self._show = cluster, path, show
         self._pod, self._container = pod["metadata"]["name"], status.container(pod).get("name", "")
-        self._ended = threading.Event()
+        self._first = {"tailLines": TAIL_LINES} if tail else {}
+        self._ended, self._given_up = threading.Event(), threading.Event()
+        self._starting, self._heard_at = threading.Lock(), 0.0
+        self.is_whole = False
 
-    def end(self, timeout_s: float = 15.0) -> None:
-        """The container has ended: read what is left, then stop."""
-        self._ended.set()
-        if self.ident is None:
-            self.start()
-        self.join(timeout_s)
+    def finish(self) -> None:
+        """The container has ended: read what is left, then stop. Returns at once; see `is_done`."""
+        if not self._ended.is_set():
+            self._heard_at = time.monotonic()
+            self._ended.set()
+        self.follow()
+
+    def follow(self) -> None:
+        """Start, where it has not been. A mirror's thread asks for it as well as Snakemake's."""
+        with self._starting:
+            if self.ident is None:
+                self.start()
+
+    def is_done(self) -> bool:
+        """Whether nothing more is to be had. While the API server is away it has not been asked."""
+        if self._cluster.is_down:
+            self._heard_at = time.monotonic()
+        if self.is_alive() and time.monotonic() - self._heard_at > STUCK_S:
+            self._given_up.set()
+        return self._given_up.is_set() or not self.is_alive()
 
     def run(self) -> None:
         position, attempt = resume(self._path), 0
         with self._path.open("ab", buffering=0) as file:
-            while True:
+            while not self._given_up.is_set():
                 last = self._ended.is_set()
-                try:
-                    self._copy(position, file, follow=not last)
-                    attempt = 0
-                except ApiError as error:
-                    if error.status in (400, 404):  # gone, with its log
-                        return
-                    attempt += 1
-                except (Unreachable, *CONNECTION_ERRORS):
-                    attempt += 1
-                if last and (attempt == 0 or attempt >= LAST_TRIES):
+                outcome = self._read(position, file, follow=not last)
+                if outcome == "gone" or (last and outcome == "whole"):
                     return
-                self._ended.wait(min(10.0, 0.5 * 2 ** min(attempt, 5)) if attempt else AGAIN_S)
+                attempt = attempt + 1 if outcome == "later" else 0
+                pause = min(10.0, 0.5 * 2 ** min(attempt, 5)) if attempt else AGAIN_S
+                (self._given_up if last else self._ended).wait(pause)
+
+    def _read(self, position: Position, file: Any, *, follow: bool) -> str:
+        """Copy a stream to its end: `whole`. Or it broke, or cannot be had now: `later`. Or never: `gone`."""
+        try:
+            self._copy(position, file, follow=follow)
+            self.is_whole = True
+            return "whole"
+        except ApiError as error:
+            # A kubelet that has restarted does not know its pods yet, and answers 404 as well.
+            if error.status == 404 and f'pods "{self._pod}" not found' in error.message:
+                return "gone"
+        except (Unreachable, *CONNECTION_ERRORS):
+            pass
+        return "later"
 
     def _copy(self, position: Position, file: Any, *, follow: bool) -> None:
         answer = self._cluster.log(
@@ -103,7 +143,7 @@ class Follower(threading.Thread):
             self._container,
             timestamps="true",
             **({"follow": "true"} if follow else {}),
-            **position.rewind(),
+            **(position.rewind() or self._first),
         )
         pending = b""
         try:
@@ -117,25 +157,16 @@ class Follower(threading.Thread):
             answer.close()
 
     def _line(self, line: bytes, position: Position, file: Any) -> None:
+        if line.startswith(NOT_NOW):
+            raise Unreachable(line.decode(errors="replace"))
+        if self._given_up.is_set():
+            return  # the file has been read, and may be another follower's by now
         found = LINE.match(line)
         if found and position.is_new(found.group(1).decode()):
+            self._heard_at, self.is_whole = time.monotonic(), False
             file.write(line + b"\n")
             # Of a progress bar the last state: the others were drawn over.
             self._show(found.group(2).rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace"))
-
-
-def tail(cluster: Cluster, pod: status.Json) -> str:
-    """Return the end of a pod's log, or what its container left as its last message."""
-    message = str(status.terminated(pod).get("message", ""))
-    try:
-        answer = cluster.log(
-            pod["metadata"]["name"], status.container(pod).get("name", ""), tailLines=TAIL_LINES
-        )
-        text: str = answer.data.decode(errors="replace")
-        answer.release_conn()
-    except (ApiError, Unreachable, *CONNECTION_ERRORS):
-        return message
-    return text or message
 
 
 def end_of(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .cluster import ApiError, Cluster, Unreachable, wait
@@ -28,6 +28,7 @@ class Mirror(threading.Thread):
         self._version = ""
         self._stopped = threading.Event()
         self.synced = threading.Event()
+        self.changed: Callable[[Json], None] = lambda thing: None  # hears of every change, in this thread
 
     def of(self, key: str) -> list[Json]:
         """Return every object ever seen with this value of the label."""
@@ -88,6 +89,7 @@ class Mirror(threading.Thread):
         self._version = thing["metadata"]["resourceVersion"]
         if change["type"] != "BOOKMARK":
             self._put(thing, gone=change["type"] == "DELETED")
+            self.changed(thing)
 
     def _replace(self, items: Iterable[Json]) -> None:
         """Take over a whole list: what it does not hold is gone."""

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from . import status, waits
 from .cluster import ApiError, Cluster
 
 Json = dict[str, Any]
@@ -39,7 +40,7 @@ class News:
     def warnings(self, name: str, since: str) -> list[Json]:
         """Return warnings about a gang since a time; older ones are of a namesake."""
         found = self._about("Event", "type=Warning", _gang_name).get(name, [])
-        return [event for event in found if (_last(event) or since) >= since]
+        return [event for event in found if waits.last_seen(event) >= status.seconds(since)]
 
     def _about(self, kind: str, fields: str, key: Callable[[Json], str]) -> dict[str, list[Json]]:
         """The objects of a kind by `key`, at most EVERY_S old; none where they may not be read."""
@@ -73,7 +74,3 @@ def _owner_uid(workload: Json) -> str:
 def _gang_name(event: Json) -> str:
     found = GANG.match(event.get("involvedObject", {}).get("name", ""))
     return found.group(1) if found else ""
-
-
-def _last(event: Json) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or "")

@@ -70,8 +70,8 @@ def _end(gang: Json) -> tuple[str, Json]:
 
 
 def _phase(gang: Json, pods: tuple[Json, ...], running: int, nodes: int) -> str:
-    suspended = "Suspended" in conditions(gang) or gang.get("spec", {}).get("suspend") is True
-    if suspended and not pods:
+    # A queue may take a gang back while it runs: its pods are still there then.
+    if gang.get("spec", {}).get("suspend") is True or ("Suspended" in conditions(gang) and not pods):
         return "queued"
     if running == nodes:
         return "running"

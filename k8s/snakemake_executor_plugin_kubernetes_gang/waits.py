@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import status
 
 Json = Mapping[str, Any]
 
+# A kubelet tries again within two minutes: a warning that has not come since then has passed.
+STALE_S = 150.0
 AT_ONCE = ("ErrImageNeverPull", "InvalidImageName")  # no second try will do better
 IMAGE_REASONS = (
     "ErrImagePull",
@@ -29,7 +32,7 @@ CONFIG_REASONS = (
 
 @dataclass(frozen=True)
 class Cause:
-    """A reason in one word, what happened, the evidence, what to do; `transient`: nobody's fault."""
+    """A reason in one word, what happened, the evidence, what to do; `transient`: another try may do better."""
 
     reason: str
     what: str
@@ -45,13 +48,18 @@ class Cause:
 
 @dataclass(frozen=True)
 class Case:
-    """All that is known about a gang: its object, pods by rank, events, the end of each rank's log."""
+    """All that is known about a gang: its object, pods by rank, events, the end of each rank's log.
+
+    `now` is in seconds since the epoch, `nodes` how many pods there should be, `asked` what each asks for.
+    """
 
     gang: Json
     pods: Sequence[Json] = ()
     events: Sequence[Json] = ()
     tails: Mapping[int, str] | None = None
     asked: str = ""
+    nodes: int = 1
+    now: float = 0.0
 
 
 def why(case: Case) -> Cause | None:
@@ -75,7 +83,30 @@ def name_of(pod: Json) -> str:
 def _event(case: Case, *reasons: str) -> Json:
     """The newest event with one of these reasons."""
     found = [event for event in case.events if event.get("reason") in reasons]
-    return max(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default={})
+    return max(found, key=last_seen, default={})
+
+
+def last_seen(event: Json) -> float:
+    """Return when an event was last seen, in seconds since the epoch."""
+    series = event.get("series") or {}
+    stamps = (event.get("lastTimestamp"), event.get("eventTime"), series.get("lastObservedTime"))
+    return max((status.seconds(stamp) for stamp in stamps if stamp), default=0.0)
+
+
+def _setup_event(case: Case, *reasons: str) -> Json:
+    """The newest warning about a pod that is not set up yet. One that has been mended explains nothing."""
+    names = {pod["metadata"]["name"] for pod in case.pods if not _is_set_up(pod)}
+    about = [event for event in case.events if event.get("involvedObject", {}).get("name") in names]
+    event = _event(replace(case, events=about), *reasons)
+    return event if case.now - last_seen(event) < STALE_S else {}
+
+
+def _is_set_up(pod: Json) -> bool:
+    """Whether a pod has its volumes and its sandbox; nodes before 1.29 say so only when it runs."""
+    state = status.container(pod).get("state", {})
+    return "PodReadyToStartContainers" in status.conditions(pod) or bool(
+        state.keys() & {"running", "terminated"}
+    )
 
 
 def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, Json] | None:
@@ -119,7 +150,7 @@ def config(case: Case) -> Cause | None:
 
 
 def _mount(case: Case) -> Cause | None:
-    event = _event(case, "FailedMount", "FailedAttachVolume", "FailedBinding", "ProvisioningFailed")
+    event = _setup_event(case, "FailedMount", "FailedAttachVolume")
     if not event:
         return None
     return Cause(
@@ -131,7 +162,7 @@ def _mount(case: Case) -> Cause | None:
 
 
 def _sandbox(case: Case) -> Cause | None:
-    event = _event(case, "FailedCreatePodSandBox", "FailedCreatePodContainer", "NetworkNotReady")
+    event = _setup_event(case, "FailedCreatePodSandBox", "FailedCreatePodContainer", "NetworkNotReady")
     if not event:
         return None
     return Cause(
@@ -145,7 +176,7 @@ def _sandbox(case: Case) -> Cause | None:
 
 def _quota(case: Case) -> Cause | None:
     event = _event(case, "FailedCreate")
-    if not event or case.pods:
+    if not event or len(case.pods) >= case.nodes:
         return None
     text = event.get("message", "")
     if "exceeded quota" in text:
@@ -163,38 +194,56 @@ def _quota(case: Case) -> Cause | None:
     )
 
 
-def _unschedulable(case: Case) -> Cause | None:
+def _unscheduled(case: Case) -> tuple[Json, str] | None:
+    """The first pod that the scheduler cannot place, and its words."""
     for pod in case.pods:
         for c in pod.get("status", {}).get("conditions") or []:
-            if (
-                c["type"] == "PodScheduled"
-                and c["status"] == "False"
-                and c.get("reason") in ("Unschedulable", "SchedulerError")
-            ):
-                return Cause(
-                    "unschedulable",
-                    f"no node can take {name_of(pod)}, which asks for {case.asked}",
-                    c.get("message", ""),
-                    "wait for nodes to become free, or ask for less",
-                )
+            is_placed = c["type"] != "PodScheduled" or c["status"] != "False"
+            if not is_placed and c.get("reason") in ("Unschedulable", "SchedulerError"):
+                return pod, c.get("message", "")
     return None
+
+
+def _claim(case: Case) -> Cause | None:
+    """A claim that is missing looks like a lack of nodes, but none that becomes free will help."""
+    pod, text = _unscheduled(case) or ({}, "")
+    if not re.search(r'persistentvolumeclaim "[^"]*" |unbound .*PersistentVolumeClaims', text):
+        return None
+    return Cause(
+        "claim",
+        f"a claim of {name_of(pod)} is not there, or has no volume",
+        text,
+        "make the claim in the gang's namespace, or correct its name in the option volumes or the pod template",
+    )
+
+
+def _unschedulable(case: Case) -> Cause | None:
+    pod, text = _unscheduled(case) or ({}, "")
+    if not pod:
+        return None
+    return Cause(
+        "unschedulable",
+        f"no node can take {name_of(pod)}; the gang asks for {case.asked}",
+        text,
+        "wait for nodes to become free, or ask for less",
+    )
 
 
 def kueue(workload: Json) -> Cause | None:
     """Return why Kueue does not admit a workload, None once it has."""
-    if "Admitted" in status.conditions(workload):
+    found = status.conditions(workload)
+    if "Admitted" in found:
         return None
+    queue = workload.get("spec", {}).get("queueName", "?")
+    advice = "it starts when others have ended"
+    if "Evicted" in found:
+        what = f"it was taken back into the queue {queue}, and will go on from its checkpoint"
+        return Cause("queue-again", what, found["Evicted"].get("message", ""), advice)
     for c in workload.get("status", {}).get("conditions") or []:
         if c["type"] == "QuotaReserved" and c["status"] == "False":
-            queue = workload.get("spec", {}).get("queueName", "?")
-            return Cause(
-                "queue",
-                f"it waits in the queue {queue}",
-                c.get("message", ""),
-                "it starts when others have ended",
-            )
+            return Cause("queue", f"it waits in the queue {queue}", c.get("message", ""), advice)
     return None
 
 
 Check = Callable[[Case], "Cause | None"]
-WAITS: tuple[Check, ...] = (image, config, _mount, _sandbox, _quota, _unschedulable)
+WAITS: tuple[Check, ...] = (image, config, _mount, _sandbox, _quota, _claim, _unschedulable)

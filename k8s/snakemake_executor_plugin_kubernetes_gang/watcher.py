@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import explain, jobs, logs, status, waits
+from . import explain, jobs, manifest, status, waits
 from .gangs import FENCE_S, UNANSWERED_S, Gangs, write_state
 from .news import News
+from .ranklogs import RankLogs
 from .spec import GangSpec
 
 Json = dict[str, Any]
@@ -18,11 +21,11 @@ Json = dict[str, Any]
 SAY_AFTER_S = 5.0
 BROKEN_S = 20.0  # for a gang's own controller to notice that a pod is gone
 # Seconds after which what does not start will not: pulls and mounts are tried again by the kubelet.
-PATIENCE_S = {"image": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300}
+PATIENCE_S = {"image": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300, "claim": 300}
 CONFIG_PATIENCE_S = 60
 # Logs that stream at a time: each is a connection and a thread. Of other gangs the log comes at the end.
 STREAMS = 32
-WAITS_FOR_ITS_TURN = ("unschedulable", "quota", "queue")
+WAITS_FOR_ITS_TURN = ("unschedulable", "quota", "queue", "queue-again")
 
 
 @dataclass
@@ -32,7 +35,8 @@ class Watch:
     job: Any
     spec: GangSpec
     gang: Json
-    follower: logs.Follower | None = None
+    logs: RankLogs
+    half_limit_s: float
     said: str = ""
     waits_since: dict[str, float] = field(default_factory=dict)
     half_since: float = 0.0
@@ -40,6 +44,7 @@ class Watch:
     dying_since: float = 0.0
     fenced_at: float = 0.0
     ending: waits.Cause | None = None
+    taken_back: set[str] = field(default_factory=set)  # uids of pods that a queue has ended
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -62,9 +67,13 @@ class Watcher:
         self._watches: dict[int, Watch] = {}  # by the job's identity
         self._streaming: set[int] = set()
         self._news = News(gangs.cluster, say)
+        gangs.pods.changed = self._pod_changed
 
     def begin(self, job: Any, spec: GangSpec, gang: Json) -> Watch:
-        watch = Watch(job, spec, gang)
+        show, directory = partial(self._show, spec.name), Path(spec.state_dir)
+        logs = RankLogs(self._gangs.cluster, directory, gang["metadata"]["uid"], show)
+        # Two gangs that hold half of the cluster each must not give up, and begin again, in step.
+        watch = Watch(job, spec, gang, logs, spec.start_timeout_s * random.uniform(1.0, 1.25))
         self._watches[id(job)] = watch
         return watch
 
@@ -82,8 +91,7 @@ class Watcher:
         """Let no log stream hold up Snakemake's end: all together have a second."""
         until = time.monotonic() + 1.0
         for watch in self.watches():
-            if watch.follower:
-                watch.follower.end(timeout_s=max(0.0, until - time.monotonic()))
+            watch.logs.stop(until)
 
     def look(self, watch: Watch) -> Verdict | None:
         """Return how a gang has ended, None while it has not.
@@ -91,52 +99,51 @@ class Watcher:
         Raises:
             ApiError, Unreachable: look again later.
         """
-        gang, now = self._gangs.read(watch.gang, watch.spec.nodes)
-        self._follow(watch, now)
+        gang, now = self._gangs.read(watch.gang, watch.spec.nodes, watch.taken_back)
+        self._stream(watch, now)
         if watch.ending:
-            return self._end(watch, gang, now, watch.ending)
-        if now.phase == "succeeded":
-            return self._succeed(watch, now)
-        if now.phase == "failed":
-            return self._fail(watch, gang, now)
+            return self._stop(watch, gang, now, watch.ending)
+        if now.ended:
+            return self._end(watch, gang, now)
         if self._gangs.is_gone(gang):
-            lost = waits.Cause(
+            watch.ending = waits.Cause(
                 "deleted",
                 f"{gang['kind']} {watch.spec.name} was deleted by somebody else",
                 "",
                 "start Snakemake again",
             )
-            return self._end(watch, gang, now, lost)
+            return self._stop(watch, gang, now, watch.ending)
         cause = self._cannot_go_on(watch, gang, now)
         if cause:
             watch.ending = cause
             self._say(f"{watch.spec.name}: {cause.sentence()} The gang is stopped.")
-            return self._end(watch, gang, now, cause)
+            watch.logs.keep(now.pods)  # and stopped at the next look: a log goes with its pod
         return None
 
     # -- while it runs ----------------------------------------------------------------------
 
-    def _follow(self, watch: Watch, now: status.Status) -> None:
-        if watch.follower or len(self._streaming) >= STREAMS:
+    def _stream(self, watch: Watch, now: status.Status) -> None:
+        job = id(watch.job)
+        if job not in self._streaming and len(self._streaming) >= STREAMS:
             return
-        if not now.pods or status.rank(now.pods[0]) != 0:
+        if now.pods and status.rank(now.pods[0]) == 0 and watch.logs.stream(now.pods[0]):
+            self._streaming.add(job)
+
+    def _pod_changed(self, pod: Json) -> None:
+        """In the mirror's thread: when one pod fails, its peers and their logs may be gone a second later."""
+        if not status.is_broken(pod):
             return
-        if "running" in status.container(now.pods[0]).get("state", {}):
-            self._streaming.add(id(watch.job))
-            watch.follower = self._follower(watch, now.pods[0])
-            watch.follower.start()
-
-    def _follower(self, watch: Watch, pod: status.Json) -> logs.Follower:
-        name, path = watch.spec.name, self._log_path(watch, 0)
-        return logs.Follower(self._gangs.cluster, pod, path, lambda line: self._show(name, line))
-
-    def _log_path(self, watch: Watch, rank: int) -> Path:
-        """One file per rank and submission: a gang that is taken up again goes on with its own."""
-        return Path(watch.spec.state_dir, f"{watch.gang['metadata']['uid'][:8]}.rank-{rank}.log")
+        name = pod["metadata"].get("labels", {}).get(manifest.LABEL_GANG)
+        for watch in self.watches():
+            if watch.spec.name == name and watch.spec.nodes > 1:
+                watch.logs.keep(self._gangs.pods_of(watch.gang))
 
     def _cannot_go_on(self, watch: Watch, gang: Json, now: status.Status) -> waits.Cause | None:
         clock = time.monotonic()
-        if any(status.is_broken(pod) for pod in now.pods):
+        if now.phase == "queued":
+            watch.half_since = watch.broken_since = 0.0
+            watch.taken_back |= {p["metadata"]["uid"] for p in now.pods if status.is_broken(p)}
+        elif any(status.is_broken(pod) for pod in now.pods):
             watch.broken_since = watch.broken_since or clock
             if clock - watch.broken_since > BROKEN_S:
                 return explain.explain(self._case(watch, gang, now))
@@ -144,6 +151,7 @@ class Watcher:
         watch.broken_since = 0.0
         if now.phase == "running":
             watch.half_since = 0.0
+            watch.waits_since.clear()
             self._say_once(watch, "running")
             return None
         return self._does_not_start(watch, gang, now, clock)
@@ -159,10 +167,14 @@ class Watcher:
             since = watch.waits_since.setdefault(cause.reason, clock)
             if clock - since >= self._patience(cause.reason):
                 return cause
+        else:
+            watch.waits_since.clear()
         if now.phase == "starting":
             watch.half_since = watch.half_since or clock
-            if clock - watch.half_since > watch.spec.start_timeout_s:
-                text = f"only {now.running} of {watch.spec.nodes} pods started within {watch.spec.start_timeout_s} s"
+            if clock - watch.half_since > watch.half_limit_s:
+                text = (
+                    f"only {now.running} of {watch.spec.nodes} pods started within {watch.half_limit_s:.0f} s"
+                )
                 return waits.Cause(
                     "half-started",
                     text,
@@ -206,20 +218,32 @@ class Watcher:
         spec = watch.spec
         events = self._news.warnings(spec.name, gang["metadata"]["creationTimestamp"])
         asked = f"{spec.nodes} x ({spec.gpus} GPUs, {spec.cpu} CPUs, {spec.memory_mb} MB)"
-        return waits.Case(gang, now.pods, events, tails, asked)
+        return waits.Case(gang, now.pods, events, tails, asked, spec.nodes, time.time())
 
     # -- the end ----------------------------------------------------------------------------
 
-    def _succeed(self, watch: Watch, now: status.Status) -> Verdict:
-        self._collect(watch, now)
-        return Verdict(True, log=self._rank0(watch), pods=now.pods)
-
-    def _fail(self, watch: Watch, gang: Json, now: status.Status) -> Verdict:
-        tails = self._collect(watch, now)
+    def _end(self, watch: Watch, gang: Json, now: status.Status) -> Verdict | None:
+        """How a gang that has ended by itself did, once its logs are stored."""
+        if not watch.logs.collect(now.pods):
+            return None
+        if now.phase == "succeeded":
+            self._say_what_is_cut(watch, now.pods)
+            log = b"".join(watch.logs.whole(pod) for pod in now.pods if status.rank(pod) == 0)
+            return Verdict(True, log=log, pods=now.pods)
         self._news.refresh()
-        return self._failure(watch, explain.explain(self._case(watch, gang, now, tails)))
+        tails = watch.logs.tails(now.pods)
+        cause = explain.explain(self._case(watch, gang, now, tails))
+        return self._failure(watch, now, cause)
 
-    def _end(self, watch: Watch, gang: Json, now: status.Status, cause: waits.Cause) -> Verdict | None:
+    def _say_what_is_cut(self, watch: Watch, pods: tuple[status.Json, ...]) -> None:
+        cut = watch.logs.cut(pods)
+        if cut:
+            ranks = ", ".join(map(str, cut))
+            self._say(
+                f"{watch.spec.name}: the stored log of rank {ranks} may lack its end; the node did not give it"
+            )
+
+    def _stop(self, watch: Watch, gang: Json, now: status.Status, cause: waits.Cause) -> Verdict | None:
         """A gang that was deleted has ended when none of its pods can write any more."""
         self._gangs.end(gang)
         live = [
@@ -231,8 +255,10 @@ class Watcher:
             return None
         for pod in live:
             self._gangs.cluster.delete(pod, grace_s=0, patient=False)
-        self._collect(watch, now)
-        return self._failure(watch, cause)
+        if not watch.logs.collect(now.pods):
+            return None
+        watch.logs.tails(now.pods)
+        return self._failure(watch, now, cause)
 
     def _is_fenced(self, watch: Watch, live: list[Json]) -> bool:
         """Whether pods that the cluster cannot end have been told to, and have had the time."""
@@ -249,33 +275,15 @@ class Watcher:
             watch.fenced_at = clock
         return clock - watch.fenced_at > FENCE_S
 
-    def _failure(self, watch: Watch, cause: waits.Cause) -> Verdict:
-        attempt, tries = watch.job.attempt, watch.job.restart_times + 1
-        again = f" It is tried again (attempt {attempt + 1} of {tries})." if attempt < tries else ""
-        return Verdict(False, f"{cause.sentence()}{again}", logs=[str(p) for p in self._stored(watch)])
+    def _failure(self, watch: Watch, now: status.Status, cause: waits.Cause) -> Verdict:
+        self._say_what_is_cut(watch, now.pods)
+        sentence = f"{cause.sentence()} {again(watch.job.attempt, watch.job.restart_times + 1, cause)}"
+        return Verdict(False, sentence, logs=watch.logs.files())
 
-    def _collect(self, watch: Watch, now: status.Status) -> dict[int, str]:
-        """Store the end of every rank's log; rank 0's whole, by its follower."""
-        if watch.follower:
-            watch.follower.end()
-        tails = {}
-        for pod in now.pods:
-            rank = status.rank(pod)
-            tails[rank] = self._whole(watch, pod) if rank == 0 else logs.tail(self._gangs.cluster, pod)
-            if rank:
-                self._log_path(watch, rank).write_text(tails[rank])
-        return tails
 
-    def _whole(self, watch: Watch, pod: status.Json) -> str:
-        """Store rank 0's log, where it has not been streamed, and return its end."""
-        if not watch.follower:
-            self._follower(watch, pod).end()
-        return logs.end_of(self._log_path(watch, 0)) or str(status.terminated(pod).get("message", ""))
-
-    def _stored(self, watch: Watch) -> list[Path]:
-        uid = watch.gang["metadata"]["uid"][:8]
-        return sorted(Path(watch.spec.state_dir).glob(f"{uid}.rank-*.log"))
-
-    def _rank0(self, watch: Watch) -> bytes:
-        path = self._log_path(watch, 0)
-        return logs.without_stamps(path.read_bytes()) if path.exists() else b""
+def again(attempt: int, tries: int, cause: waits.Cause) -> str:
+    """Whether a failure is tried again, and what to do where it would have helped."""
+    if attempt < tries:
+        return f"It is tried again (attempt {attempt + 1} of {tries})."
+    advice = " Start Snakemake again, or raise retries." if cause.transient else ""
+    return f"It is not tried again (attempt {attempt} of {tries}).{advice}"

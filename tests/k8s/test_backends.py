@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 from deepspeedjob_controller import Controller
+from test_life import counting, runs, steps
 
 import harness
 from harness import wait_until
@@ -59,9 +60,14 @@ def queue(gpus: int) -> None:
         "coveredResources": [r["name"] for r in resources],
         "flavors": [{"name": "default", "resources": resources}],
     }
+    preemption = {"withinClusterQueue": "LowerPriority"}
     for kind, name, spec in (
         ("ResourceFlavor", "default", {}),
-        ("ClusterQueue", "gpus", {"namespaceSelector": {}, "resourceGroups": [group]}),
+        (
+            "ClusterQueue",
+            "gpus",
+            {"namespaceSelector": {}, "resourceGroups": [group], "preemption": preemption},
+        ),
         ("LocalQueue", "training", {"clusterQueue": "gpus"}),
     ):
         metadata = {"name": name, **({"namespace": harness.NAMESPACE} if kind == "LocalQueue" else {})}
@@ -173,6 +179,28 @@ def test_a_second_gang_waits_in_kueues_queue(workdir, backend):
         sorted(p.stat()[stat.ST_MTIME] for p in (place.path / d).iterdir()) for d in ("out", "out2")
     ]
     assert first[-1] < last[0] or last[-1] < first[0], "one after the other"
+
+
+@pytest.mark.parametrize("backend", ["job", "jobset"])
+def test_a_gang_that_kueue_takes_back_waits_and_goes_on_by_itself(workdir, backend):
+    """A more important gang gets its place; no retry is spent on it."""
+    queue(gpus=2)
+    for name, value in (("low", 1), ("high", 1000)):
+        body = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}  # fmt: skip
+        harness.kubectl("apply", "-f", "-", given=body)
+    text = counting(12, nodes=2).replace("nodes=2", "nodes=2, gpus=1, queue='training', priority='low'")
+    options = ("--kubernetes-gang-backend", backend, "--kubernetes-gang-queue-system", "kueue")
+    low = workdir(text, name=f"low-{backend}")
+    high = workdir(text.replace("'low'", "'high'").replace("-lt 12", "-lt 4"), name=f"high-{backend}")
+    first = low.start(*options)
+    wait_until("it has a checkpoint", lambda: steps(low) >= 3)
+    code, said = high.run(*options)
+    assert code == 0, said
+    assert first.wait(120) == 0, low.said()
+    assert "it was taken back into the queue training" in low.said()
+    assert "reempted to accommodate a workload" in low.said()
+    assert low.said().count(" step 2\n") == 1, "it went on from its checkpoint"
+    assert runs(low) == 2
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.yaml")), ids=lambda path: path.stem)

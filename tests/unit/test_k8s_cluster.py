@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
+from snakemake_executor_plugin_kubernetes_gang import __main__ as gc
 from snakemake_executor_plugin_kubernetes_gang import cluster as api
 from snakemake_executor_plugin_kubernetes_gang.cluster import ApiError, Cluster, Unreachable
 from snakemake_executor_plugin_kubernetes_gang.mirror import Mirror
@@ -236,3 +237,31 @@ def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_ne
         time.sleep(0.05)
     mirror.stop()
     assert [thing["metadata"]["uid"] for thing in mirror.all()] == ["two"]
+
+
+@pytest.mark.parametrize("answer", [b"<html>please log in</html>", b"[]", b'{"error": "log in"}'])
+def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, answer):
+    """As from a proxy in between. A mirror's thread that died of it would never say so."""
+    server.script[:] = [(200, {}, answer), listed("1", "one"), (200, {}, answer), changes(change("ADDED", "two", "2")), *["drop"] * 50]  # fmt: skip
+    mirror = Mirror(cluster, "Pod", "", "k")
+    heard = []
+    mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
+    mirror.start()
+    until = time.monotonic() + 10
+    while not heard and time.monotonic() < until:
+        time.sleep(0.05)
+    mirror.stop()
+    assert heard == ["two"]
+    assert "is there a proxy in between?" in cluster.said[0]
+
+
+def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
+    forbidden = error(403, "Forbidden", 'jobs.batch is forbidden: User "x" cannot list resource "jobs"')
+    service = {"metadata": {"name": "left", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}}
+    page = (200, {}, {"metadata": {"resourceVersion": "1"}, "items": [service]})
+    server.script[:] = [forbidden, error(404), error(404), error(404), page, page, error(404)]
+    begun = time.monotonic()
+    found = gc.orphans(cluster, 1.0)
+    assert [(thing["kind"], why) for thing, why in found] == [("Service", "belongs to no gang")]
+    assert "Jobs are left out, for they may not be listed" in capsys.readouterr().err
+    assert time.monotonic() - begun < 5, "a right that is missing is not waited for"

@@ -147,8 +147,118 @@ def test_a_quota_is_told_though_there_is_no_pod():
     event = {
         "reason": "FailedCreate",
         "message": 'pods "x" is forbidden: exceeded quota: few, requested: requests.nvidia.com/gpu=8',
-        "lastTimestamp": "x",
+        "lastTimestamp": "2026-01-01T00:00:00Z",
     }
     cause = waits.why(Case(JOB, [], [event], asked="2 x (8 GPUs, 4 CPUs, 16000 MB)"))
     assert cause.reason == "quota"
     assert "2 x (8 GPUs" in cause.sentence()
+
+
+NOW = status.seconds("2026-01-01T00:10:00Z")
+
+
+def warning(reason, message="no", about="sft-1-0-abcde", last="2026-01-01T00:09:00Z", **fields):
+    return {
+        "reason": reason,
+        "message": message,
+        "involvedObject": {"name": about},
+        "lastTimestamp": last,
+        **fields,
+    }
+
+
+def waiting_pod(rank=0, **fields):
+    return pod(rank, phase="Pending", **fields)
+
+
+MOUNT = 'MountVolume.SetUp failed for volume "x" : configmap "absent" not found'
+
+
+def test_a_warning_that_still_comes_says_why_a_pod_waits():
+    fresh = Case(JOB, [waiting_pod()], [warning("FailedMount", MOUNT)], now=NOW)
+    assert waits.why(fresh).reason == "FailedMount"
+    again = warning(
+        "FailedCreatePodSandBox", last=None, series={"lastObservedTime": "2026-01-01T00:09:50.000000Z"}
+    )
+    assert waits.why(Case(JOB, [waiting_pod()], [again], now=NOW)).reason == "FailedCreatePodSandBox"
+
+
+def test_a_warning_that_has_passed_is_no_reason_to_stop_a_gang():
+    """One mount failed, the next try did not, and an image is pulled for ten minutes since."""
+    old = warning("FailedMount", MOUNT, last="2026-01-01T00:01:00Z")
+    assert waits.why(Case(JOB, [waiting_pod()], [old], now=NOW)) is None
+    ready = waiting_pod(conditions=[{"type": "PodReadyToStartContainers", "status": "True"}])
+    for reason in ("FailedMount", "FailedCreatePodSandBox"):
+        assert waits.why(Case(JOB, [ready], [warning(reason)], now=NOW)) is None
+
+
+def test_a_warning_about_a_pod_that_runs_hides_none_about_one_that_waits():
+    runs = pod(0, containerStatuses=[{"name": "main", "state": {"running": {}}}])
+    events = [
+        warning("FailedMount", "of the other", last="2026-01-01T00:09:30Z"),
+        warning("FailedMount", MOUNT, about="sft-1-1-abcde"),
+    ]
+    assert waits.why(Case(JOB, [runs, waiting_pod(1)], events, now=NOW)).evidence == f"FailedMount: {MOUNT}"
+
+
+def unscheduled(message):
+    entry = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    return waiting_pod(conditions=[entry])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '0/2 nodes are available: persistentvolumeclaim "absent" not found. not found.',
+        "0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims. preemption: 0/2 nodes",
+    ],
+)
+def test_a_missing_claim_is_not_taken_for_a_lack_of_nodes(message):
+    cause = waits.why(Case(JOB, [unscheduled(message)]))
+    assert cause.reason == "claim"
+    assert "make the claim" in cause.sentence()
+
+
+def test_a_lack_of_nodes_says_what_was_asked_and_what_nodes_lack():
+    lack = unscheduled("0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    sentence = waits.why(Case(JOB, [lack], asked="1 x (99 GPUs, 1 CPUs, 1000 MB)")).sentence()
+    assert (
+        "asks for 1 x (99 GPUs, 1 CPUs, 1000 MB) (0/2 nodes are available: 2 Insufficient nvidia" in sentence
+    )
+
+
+def test_a_quota_that_has_room_for_one_pod_of_two_is_told():
+    event = warning("FailedCreate", 'pods "x" is forbidden: exceeded quota: few', about="sft-1")
+    assert waits.why(Case(JOB, [pod()], [event], nodes=2)).reason == "quota"
+    assert waits.why(Case(JOB, [pod(), pod(1)], [event], nodes=2)) is None, "it has passed"
+
+
+def test_kueue_says_that_it_has_taken_a_gang_back():
+    conditions = [
+        {
+            "type": "Evicted",
+            "status": "True",
+            "reason": "Preempted",
+            "message": "Preempted to accommodate a workload",
+        },
+        {"type": "QuotaReserved", "status": "False", "message": "Preempted to accommodate a workload"},
+    ]
+    cause = waits.kueue({"spec": {"queueName": "training"}, "status": {"conditions": conditions}})
+    assert cause.sentence().startswith("it was taken back into the queue training")
+    assert "Preempted to accommodate" in cause.sentence()
+
+
+def test_a_step_with_a_number_that_is_not_finite_may_have_been_survived():
+    tail = "step 7: grad_norm inf, step skipped\nTraceback\nKeyError: 'labels'\n"
+    launcher = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: train.py FAILED\n"
+    for text in (tail, tail + launcher):
+        cause = explain.explain(Case(failed_job(), [pod(code=1)], tails={0: text}))
+        assert (cause.reason, cause.evidence) == ("exit-code", "KeyError: 'labels'")
+    ours = "FloatingPointError: the loss is nan at step 12\n" + launcher
+    assert explain.explain(Case(failed_job(), [pod(code=1)], tails={0: ours})).reason == "nan"
+
+
+def test_an_error_is_found_behind_the_rank_that_torch_writes_before_it():
+    text = "[rank1]: Traceback (most recent call last):\n[rank1]: KeyError: 'labels'\nbye\n"
+    cause = explain.explain(Case(failed_job(), [pod(code=1)], tails={0: text}))
+    assert cause.evidence == "[rank1]: KeyError: 'labels'"

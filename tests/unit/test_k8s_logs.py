@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import time
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snakemake_executor_plugin_kubernetes_gang import logs
+from snakemake_executor_plugin_kubernetes_gang import logs, ranklogs, status
+from snakemake_executor_plugin_kubernetes_gang.cluster import ApiError, Unreachable
 
 S = "2026-01-01T00:00:0{}.000000000Z"
 
@@ -35,15 +39,34 @@ def test_a_stored_log_without_its_stamps():
     assert logs.without_stamps(f"{S.format(1)} a b\n{S.format(2)} \n".encode()) == b"a b\n\n"
 
 
-class OneLog:
-    """A cluster with one pod whose log is there as a whole."""
+def test_a_clock_that_is_set_back_loses_no_line():
+    position = logs.Position()
+    assert [position.is_new(S.format(second)) for second in (5, 2, 3, 3, 6)] == [True] * 5
+    position.rewind()
+    assert not position.is_new(S.format(5)), "after a reconnect what was read comes again"
+    assert not position.is_new(S.format(6))
+    assert position.is_new(S.format(7))
 
-    def __init__(self, text):
-        self.text, self.asked = text, []
+
+class Log:
+    """A cluster with one pod. Each request for its log gets the next answer: text, or an error to raise."""
+
+    is_down = False
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
 
     def log(self, pod, container, **query):
         self.asked.append(query)
-        return self
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return Answer(answer)
+
+
+class Answer:
+    def __init__(self, text):
+        self.text = text
 
     def stream(self, **_):
         yield self.text
@@ -52,9 +75,110 @@ class OneLog:
         pass
 
 
+def pod(rank=0, uid="", **end):
+    state = {"terminated": {"startedAt": "2026-01-01T00:00:00Z", **end}} if end else {"running": {}}
+    labels = {status.INDEX_LABEL: str(rank)}
+    return {
+        "metadata": {"name": "one", "uid": uid or f"pod-{rank}", "labels": labels},
+        "status": {"containerStatuses": [{"name": "main", "state": state}]},
+    }
+
+
+GONE = ApiError(404, "NotFound", 'pods "one" not found')
+# What the API server makes of the answer of a kubelet that does not know its pods yet.
+NOT_YET = ApiError(404, "NotFound", "the server could not find the requested resource ( pods/log one)")
+TWO_LINES = f"{S.format(1)} a\n{S.format(2)} b\n".encode()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(logs, "AGAIN_S", 0.01)
+    monkeypatch.setattr(logs, "STUCK_S", 1.0)
+
+
+def rank_logs(cluster, tmp_path, shown=None):
+    return ranklogs.RankLogs(cluster, tmp_path, "0123456789", (shown if shown is not None else []).append)
+
+
+def collected(found, pods, limit_s=10.0):
+    until = time.monotonic() + limit_s
+    while not (done := found.collect(pods)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return done
+
+
 def test_a_log_that_was_not_streamed_comes_with_one_request(tmp_path):
-    cluster, shown, path = OneLog(f"{S.format(1)} a\n{S.format(2)} b\n".encode()), [], tmp_path / "log"
-    logs.Follower(cluster, {"metadata": {"name": "one"}}, path, shown.append).end()
+    cluster, shown, ended = Log(TWO_LINES), [], [pod(exitCode=0)]
+    found = rank_logs(cluster, tmp_path, shown)
+    assert found.collect(ended)
     assert shown == ["a", "b"]
     assert cluster.asked == [{"timestamps": "true"}]
-    assert logs.end_of(path) == "a\nb\n"
+    assert found.tails(ended) == {0: "a\nb\n"}
+    assert found.whole(ended[0]) == b"a\nb\n"
+    assert not found.cut(ended)
+
+
+def test_other_ranks_give_their_end_and_are_not_shown(tmp_path):
+    cluster, shown, ended = Log(TWO_LINES), [], [pod(1, exitCode=1)]
+    found = rank_logs(cluster, tmp_path, shown)
+    assert found.collect(ended)
+    assert cluster.asked == [{"timestamps": "true", "tailLines": logs.TAIL_LINES}]
+    assert shown == []
+    assert [path.rpartition("/")[2] for path in found.files()] == ["01234567.rank-1.log"]
+
+
+def test_a_log_is_kept_though_its_pod_is_taken_away(tmp_path, quick):
+    """As when another rank has failed: the Job deletes this one's pod before it says that it has failed."""
+    found, ended = rank_logs(Log(TWO_LINES, GONE), tmp_path), [pod(1, exitCode=143, message="b")]
+    found.keep([pod(1)])
+    time.sleep(0.1)
+    assert collected(found, ended)
+    assert found.tails(ended) == {1: "a\nb\n"}
+    assert not found.cut(ended)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        NOT_YET,
+        ApiError(400, "BadRequest", "container is waiting to start"),
+        b"unable to retrieve container logs for containerd://2f",
+    ],
+)
+def test_a_kubelet_that_cannot_answer_now_is_asked_again(tmp_path, quick, answer):
+    cluster, found = Log(answer, TWO_LINES), None
+    found = rank_logs(cluster, tmp_path)
+    found.keep([pod()])
+    time.sleep(0.1)
+    ended = [pod(exitCode=0)]
+    assert collected(found, ended)
+    assert found.whole(ended[0]) == b"a\nb\n"
+    assert not found.cut(ended)
+
+
+def test_a_log_that_nobody_gives_is_called_cut_and_the_last_message_kept(tmp_path, quick):
+    found, ended = rank_logs(Log(NOT_YET), tmp_path), [pod(1, exitCode=1, message="KeyError: 'x'")]
+    assert not found.collect(ended), "nothing is given up at the first try"
+    assert collected(found, ended)
+    assert found.cut(ended) == [1]
+    assert found.tails(ended) == {1: "KeyError: 'x'"}
+
+
+def test_while_the_api_is_away_no_log_is_given_up(tmp_path, quick):
+    cluster = Log(Unreachable("no route"))
+    cluster.is_down = True
+    found, ended = rank_logs(cluster, tmp_path), [pod(exitCode=0)]
+    assert not collected(found, ended, limit_s=2.0), "twice as long as for a node that does not answer"
+    cluster.is_down, cluster.answers = False, [TWO_LINES]
+    assert collected(found, ended)
+    assert found.whole(ended[0]) == b"a\nb\n"
+    assert not found.cut(ended)
+
+
+def test_a_node_that_has_the_log_no_more_is_not_waited_for_for_ever(tmp_path, quick):
+    """As of an evicted pod: each request is answered, with a sentence in the place of the log."""
+    found = rank_logs(Log(TWO_LINES, b"unable to retrieve container logs for containerd://2f"), tmp_path)
+    found.keep([pod()])
+    time.sleep(0.2)
+    assert collected(found, [pod(exitCode=1)], limit_s=5.0)
+    assert not found.cut([pod(exitCode=1)]), "a stream of it had ended by itself"

@@ -49,6 +49,11 @@ def test_a_gang_runs_when_all_its_pods_do():
     assert status.read(thing, [pod(0), pod(1, deletionTimestamp="t")], 2).phase == "starting"
 
 
+def test_a_gang_that_a_queue_takes_back_is_queued_though_its_pods_still_end():
+    thing = {**gang("Job"), "spec": {"suspend": True}}
+    assert status.read(thing, [pod(0, deletionTimestamp="t"), pod(1)], 2).phase == "queued"
+
+
 def test_the_newest_pod_of_a_rank_counts():
     pods = [
         pod(0, "Failed", created="2026-01-01T00:00:00Z"),
