@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml envs/constraints.txt
 
 demo: setup
 	$(BIN)/snakemake $(TARGET)/actor $(TARGET)/eval $(TARGET)/curves.png
-	@place=$$($(BIN)/python -c "import yaml; print(yaml.safe_load(open('config.yaml'))['pvc'])")/$(TARGET); \
+	@place=$$($(BIN)/python -c "import yaml; print(yaml.safe_load(open('config.yaml')).get('pvc', '.'))")/$(TARGET); \
 	cat $$place/eval/table.txt; \
 	echo "curves: $$place/curves.png   talk to it: $(BIN)/python scripts/chat.py $$place/actor"
 

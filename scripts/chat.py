@@ -22,6 +22,7 @@ from rlhf.errors import UserError, run_main
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.models import load_actor
 from rlhf.templates import load_tokenizer, prompt_texts
+from rlhf.terminal import printable
 from rlhf.tokens import pad
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if args.prompt is not None:
-        print(answer(model, tokenizer, [args.prompt], sampling, seed))
+        print(printable(answer(model, tokenizer, [args.prompt], sampling, seed)))
         return
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     turns: list[str] = []
@@ -55,7 +56,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             continue
         turns += [line, reply]
-        print(reply)
+        print(printable(reply))
 
 
 def at_least(kind: type, least: float) -> Callable[[str], float]:

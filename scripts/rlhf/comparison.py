@@ -19,6 +19,7 @@ from rlhf.judges import JUDGES
 from rlhf.rollout import EVALUATION, sample
 from rlhf.rows import Rows
 from rlhf.sharding import generator
+from rlhf.terminal import printable
 
 SHOWN = 12  # prompts in the table
 LEGEND = """\
@@ -136,11 +137,11 @@ def table(rows: Sequence[dict[str, Any]], figures: dict[str, float]) -> str:
     """Return prompts with the reply before and after, and the figures, as text."""
     lines = []
     for row in rows[:SHOWN]:
-        lines.append(f"prompt  {row['prompt']}")
+        lines.append(f"prompt  {printable(row['prompt'])}")
         for when in ("before", "after"):
             r = row[when]
             judged = f"  judged {r['judged']:+.2f}" if "judged" in r else ""
-            lines.append(f"{when:<7} score {r['score']:+.2f}{judged}  {r['reply']}")
+            lines.append(f"{when:<7} score {r['score']:+.2f}{judged}  {printable(r['reply'])}")
         lines.append("")
     lines.append(f"{figures['prompts']:.0f} held-out prompts   before    after")
     names = [n.removesuffix("_after") for n in figures if n.endswith("_after")]

@@ -34,8 +34,8 @@ HASHES, LOOP = "hashes.json", "loop.json"
 class State:
     """The states in `work`; `cut` says over how many processes they are, and how.
 
-    `engines` are DeepSpeed's, by role; weights that are not trained are not saved. `tensors` are others by name, filled in place on loading; those
-    in `shared` are the same in every process.
+    `engines` are DeepSpeed's, by role; weights that are not trained are not saved. `tensors` are others by
+    name, filled in place on loading; those in `shared` are the same in every process.
     """
 
     work: Path
@@ -105,7 +105,7 @@ class State:
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
         if parallel.rank() == 0 and (path / METRICS).exists():
             shutil.copy(path / METRICS, self.work / METRICS)  # whatever became of it since
-        step = int(path.name.removeprefix("step-"))
+        step = _step_of(path)
         logger.info("resumed after step %d from %s", step, path)
         return step, record["loop"]
 
@@ -132,7 +132,11 @@ class State:
 
     def _states(self) -> list[Path]:
         """Return all states, the newest first."""
-        return sorted(self.work.glob("step-*"), reverse=True)
+        return sorted(self.work.glob("step-*"), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _is_whole(path: Path) -> bool:

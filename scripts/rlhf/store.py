@@ -87,7 +87,7 @@ def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
     yield draft
     write_json(partial / RUN, draft.run)
     _make_readable(partial)
-    draft.provenance["versions"] = _versions()
+    draft.provenance.setdefault("versions", _versions())  # an adopted one brings its own
     draft.provenance["files"] = file_hashes(partial)
     write_json(partial / PROVENANCE, draft.provenance)
     sync(partial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from rlhf import store
 from rlhf.config import STAGES
 from rlhf.errors import DataError, UserError
 from rlhf.plan import Artefact, Plan
+from rlhf.workdir import is_held
 
 PLACES = ("models/*/*", "datasets/*/*", "store/*/*")
 
@@ -32,13 +33,19 @@ class Volume:
         """Return artefact -> names under `results/` that lead into it."""
         names: dict[Path, list[str]] = {}
         for link in sorted((self.root / "results").rglob("*")):
-            if link.is_symlink() and link.exists() and self._leads_inside(link):
-                artefact = Path(os.path.relpath(store.parent_of(link), self.root.resolve()))
+            if link.is_symlink() and (artefact := self._artefact_of(link)):
                 names.setdefault(artefact, []).append(link.relative_to(self.root).as_posix())
         return names
 
-    def _leads_inside(self, link: Path) -> bool:
-        return link.resolve().is_relative_to(self.root.resolve())
+    def _artefact_of(self, link: Path) -> Path | None:
+        """Return the artefact of this volume that a link leads into, if it leads into one."""
+        root, real = self.root.resolve(), link.resolve()
+        if not (real.exists() and real.is_relative_to(root)):
+            return None
+        try:
+            return store.parent_of(real).relative_to(root)
+        except DataError:
+            return None
 
     def listing(self) -> list[str]:
         """Return one line per artefact: size, age, path, names."""
@@ -164,12 +171,16 @@ class Volume:
         return [path for path in self.present() if path not in used] + self._work_left()
 
     def _work_left(self) -> list[Path]:
-        """Return working directories of artefacts that are published, or that nothing asks for."""
-        left = []
-        for artefact, work in self._work():
-            if (artefact / store.PROVENANCE).exists() or str(artefact) not in self.plan.artefacts:
-                left.append(work)
-        return left
+        """Return working directories of artefacts that are published, or that nothing asks for.
+
+        What a process holds stays: another configuration may ask for it.
+        """
+        return [
+            work
+            for artefact, work in self._work()
+            if ((artefact / store.PROVENANCE).exists() or str(artefact) not in self.plan.artefacts)
+            and not is_held(self.root / "work" / artefact.as_posix().removeprefix("store/"))
+        ]
 
     def _work(self) -> list[tuple[Path, Path]]:
         """Return (artefact, its working directory or draft)."""
@@ -198,10 +209,11 @@ def _copy(source: Path, artefact: Artefact) -> None:
         raise UserError(f"{source} is damaged and cannot be adopted: {'; '.join(wrong)}")
     old = store.read_provenance(source)
     record = {
-        **artefact.spec, **{k: old[k] for k in ("metrics",) if k in old},
+        **artefact.spec, **{k: old[k] for k in ("metrics", "versions") if k in old},
         "adopted_from": [*old.get("adopted_from", []), str(source)],
     }  # fmt: skip
     with store.publish(Path(artefact.path), record) as draft:
+        draft.run |= json.loads((source / store.RUN).read_text())
         for name in old["files"]:
             store.link_or_copy(source / name, draft.path / name)
 

@@ -32,3 +32,15 @@ def hold(work: Path) -> None:
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
     _held.append(file)
+
+
+def is_held(work: Path) -> bool:
+    """Return whether a process works on the artefact at this moment."""
+    try:
+        with (work / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

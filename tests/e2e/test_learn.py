@@ -1,16 +1,18 @@
-"""`tiny` learns, and its control does not: one seed of `make learn`, on two processes with ZeRO-2."""
+"""`tiny` learns on two processes with ZeRO-2, and its control, on one, does not: one seed of `make learn`."""
 
 from __future__ import annotations
 
 import json
 
 TWO = "run: {processes: 2, zero_stage: 2, micro_batch_size: 16, threads: 1}"
+ONE = "run: {processes: 1, zero_stage: 0, micro_batch_size: 32, threads: 1}"
 
 
 def test_tiny_learns_what_is_preferred_and_a_control_with_shuffled_scores_does_not(empty):
     """The bounds are those of one process: an artefact does not depend on how it is run."""
     tiny = f"{{sft: {{{TWO}}}, reward: {{{TWO}}}, rlhf: {{{TWO}}}}}"
-    config = f"scenarios: {{tiny: {tiny}, control: {{base: tiny, rlhf: {{shuffle_scores: true}}}}}}"
+    control = f"{{base: tiny, rlhf: {{shuffle_scores: true, {ONE}}}}}"
+    config = f"scenarios: {{tiny: {tiny}, control: {control}}}"
     names = ("tiny", "control")
     empty.snakemake(*(f"results/{name}/rlhf/eval" for name in names), config=config)
     rises = {}

@@ -10,7 +10,7 @@ import pytest
 from conftest import Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RUN = "{micro_batch_size: 4, threads: 2, save_steps: 100}"
+RUN = "{micro_batch_size: 4, threads: 1, save_steps: 100}"
 SCENARIO = f"""
 scenarios:
   smollm:
@@ -31,7 +31,7 @@ scenarios:
       max_new_tokens: 8
       mini_batches: 1
       reward_samples: 4
-      run: {{micro_batch_size: 4, generation_batch_size: 4, threads: 2, save_steps: 100}}
+      run: {{micro_batch_size: 4, generation_batch_size: 4, threads: 1, save_steps: 100}}
 """
 
 

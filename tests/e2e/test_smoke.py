@@ -75,6 +75,7 @@ def test_a_conversation_goes_on_from_its_turns_and_ends_with_the_input(smoke):
     from rlhf.generation import Sampling
     from rlhf.models import load_actor
     from rlhf.templates import load_tokenizer
+    from rlhf.terminal import printable
 
     path, lines = smoke.volume / ACTOR, ["hello", "what do you think of dogs?"]
     command = [
@@ -91,7 +92,7 @@ def test_a_conversation_goes_on_from_its_turns_and_ends_with_the_input(smoke):
     sampling = Sampling(64, 1.0, tokenizer.eos_token_id, tokenizer.pad_token_id)
     first = chat.answer(model, tokenizer, lines[:1], sampling, 1)
     second = chat.answer(model, tokenizer, [lines[0], first, lines[1]], sampling, 3)
-    assert run.stdout == f"{first}\n{second}\n"
+    assert run.stdout == printable(f"{first}\n{second}\n")
     assert second != chat.answer(model, tokenizer, lines[1:], sampling, 3)
 
 
@@ -120,7 +121,7 @@ def test_the_demo_ends_with_a_table_curves_and_how_to_talk_to_the_actor(smoke, t
     options = ["--no-print-directory", "TARGET=results/smoke/rlhf", "VENV=venv"]  # `make test` is above it
     make = ["make", "demo", *options, f"BIN={Path(sys.executable).parent}"]
     run = subprocess.run(make, cwd=project, capture_output=True, text=True, check=True)
-    *table, last = run.stdout.splitlines()
+    *table, last = run.stdout.removesuffix("\n").split("\n")
     assert (smoke.volume / "results/smoke/rlhf/eval/table.txt").read_text() in "\n".join(table) + "\n"
     curves, talk = last.removeprefix("curves: ").split("   talk to it: ")
     assert Path(curves).read_bytes().startswith(b"\x89PNG")

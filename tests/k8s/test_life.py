@@ -180,6 +180,19 @@ def test_a_changed_command_replaces_the_gang(workdir):
     assert not live, "the old gang's pods were gone before the new one's came"
 
 
+def test_another_volume_makes_no_second_writer(workdir):
+    place = workdir(counting(12))
+    first = place.start()
+    wait_until("it runs", lambda: runs(place))
+    kill(first)
+    place.unlock()
+    mine = f"{harness.CLAIM}:{harness.volume()}"
+    code, said = place.run("--kubernetes-gang-volumes", mine, f"{harness.CLAIM}:/srv")
+    assert code == 0, said
+    assert "re-attached to the running gang" in said
+    assert runs(place) == 1
+
+
 def test_a_group_of_jobs_is_taken_up_again(workdir):
     """A Snakemake in the pod runs it."""
     rule = 'rule {0}:\n    output: "{0}.txt"\n    group: "both"\n    shell: "echo {0} >> runs; sleep 8; touch {{output}}"\n'

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,26 @@ def volume(tmp_path, monkeypatch):
 
 def test_what_no_result_needs_is_unused(volume):
     assert volume.unused() == [Path("store/sft/idle-2")]
+
+
+def test_a_link_that_leads_into_no_artefact_is_passed_over(volume):
+    Path("results/x/notes").symlink_to("../../datasets")
+    Path("results/x/gone").symlink_to("../../store/sft/none")
+    assert volume.names() == {Path("store/sft/used-1"): ["results/x/actor"]}
+
+
+def test_work_that_a_process_holds_stays(volume):
+    """Another configuration may have started it."""
+    works = [Path("work/sft/here"), Path("work/models/a/b@1"), Path("work/reward/left")]
+    for work in works:
+        work.mkdir(parents=True)
+        (work / "lock").touch()
+    Path("store/reward/.left.partial").mkdir(parents=True)
+    with (works[0] / "lock").open() as one, (works[1] / "lock").open() as two:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(two, fcntl.LOCK_EX)
+        assert volume.unused()[1:] == [Path("store/reward/.left.partial"), works[2]]
+    assert set(works) < set(volume.unused())
 
 
 def test_an_artefact_whose_parent_was_removed_by_hand_stays_in_use(volume):
@@ -89,3 +111,14 @@ def test_the_name_of_a_scenario_is_answered_with_its_results(volume):
     for name in ("x", "results/x", "results/x/"):
         with pytest.raises(UserError, match="is a scenario: name one of results/x/sft/actor, results/x/rlhf"):
             volume.find(name)
+
+
+def test_what_is_adopted_says_when_and_with_what_it_was_made(related):
+    old = Path("store/rlhf/old")
+    record = store.read_provenance(old) | {"versions": {"torch": "1.0"}}
+    store.write_json(old / store.PROVENANCE, record)
+    store.write_json(old / store.RUN, {"seconds": 7})
+    volume = related(0.1, 5)
+    assert volume.adopt("store/rlhf/new")[-1] == "store/rlhf/new adopted from store/rlhf/old"
+    assert store.read_provenance(Path("store/rlhf/new"))["versions"] == {"torch": "1.0"}
+    assert json.loads(Path("store/rlhf/new", store.RUN).read_text()) == {"seconds": 7}
