@@ -121,35 +121,12 @@ def test_a_controller_killed_at_any_moment_loses_nothing(killed, moment):
     assert any(text in said for text in FOUND.get(moment, [""])), said
 
 
-# What Snakemake itself runs in the pod: a group of rules, a script.
-WITH_SNAKEMAKE = {
-    "group": """
-rule all:
-    input: "b.txt"
-rule a:
-    output: "a.txt"
-    group: "both"
-    shell: "echo started >> runs; sleep 12; echo a > {output}"
-rule b:
-    input: "a.txt"
-    output: "b.txt"
-    group: "both"
-    shell: "cp {input} {output}"
-""",
-    "script": """
-rule all:
-    input: "b.txt"
-rule b:
-    output: "b.txt"
-    script: "b.py"
-""",
-}
 SCRIPT = 'import time\nopen("runs", "a").write("started\\n")\ntime.sleep(12)\nopen(snakemake.output[0], "w").write("a")\n'
 
 
-@pytest.mark.parametrize("kind", WITH_SNAKEMAKE)
-def test_a_gang_that_runs_a_snakemake_of_its_own_is_taken_up_again(workdir, kind):
-    place = workdir(WITH_SNAKEMAKE[kind])
+def test_a_script_is_taken_up_again(workdir):
+    """A Snakemake of its own runs it in the pod."""
+    place = workdir('rule b:\n    output: "b.txt"\n    script: "b.py"\n')
     place.write("b.py", SCRIPT)
     first = place.start()
     wait_until("it runs", lambda: runs(place))
