@@ -14,7 +14,6 @@ import argparse
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -85,25 +84,32 @@ def _is_taken(device: str, stack: ExitStack) -> bool:
 
 
 def _single_process() -> dict[str, str]:
-    """Return what torchrun would set for one process."""
+    """Return what torchrun would set for one process. Port 0 is any free one: nobody else has to know it."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
-    """Return torchrun's command line: the first process of a node prints, the others write files."""
-    port = os.environ.get("MASTER_PORT") or (str(_free_port()) if nodes == 1 else "29500")
+    """Return torchrun's command line: the first process of a node prints, the others write files.
+
+    On one node torchrun itself binds a free port: one that is chosen before may be taken by the time it is used.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    several = [
+        "--nnodes",
+        str(nodes),
+        "--node-rank",
+        str(node),
+        "--master-addr",
+        address,
+        "--master-port",
+        port,
+    ]
+    meeting = several if nodes > 1 else ["--standalone", "--local-addr", "127.0.0.1"]
     quiet = ",".join(f"{rank}:3" for rank in range(1, processes))
     return [
         sys.executable, str(Path(__file__).with_name("run_processes.py")),
-        "--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(processes),
-        "--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1"), "--master-port", port,
+        *meeting, "--nproc-per-node", str(processes),
         "--log-dir", f"{log}.ranks", *(["--redirects", quiet] if quiet else []),
         "--",  # what follows is the script's, though torchrun has options that begin alike
     ]  # fmt: skip

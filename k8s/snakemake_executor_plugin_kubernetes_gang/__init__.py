@@ -21,7 +21,7 @@ from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import CommonSettings
 
-from . import jobs, manifest, status, template, watcher
+from . import jobs, manifest, place, status, template, watcher
 from .cluster import ApiError, Cluster, Unreachable
 from .gangs import Foreign, Gangs
 from .settings import ExecutorSettings
@@ -111,6 +111,7 @@ class Executor(RemoteExecutor):
         """Return the gang that an earlier controller has left, if it is what the job asks for."""
         left = None if self._gangs.is_new(spec) else self._gangs.find(spec)
         if not left:
+            self._gangs.end_elsewhere(spec)
             return None
         why_not = self._why_not(left, job, spec)
         if why_not:
@@ -137,9 +138,9 @@ class Executor(RemoteExecutor):
             return "it has failed"
         if phase == "succeeded" and not all(map(os.path.exists, job.output)):
             return "its output is not there any more"
-        # A Snakemake in the pod makes its own; a group has no rule.
-        shadow = jobs.is_direct(job) and getattr(job.rule, "shadow_depth", None)
-        return "its shadow directory is lost" if shadow else ""
+        # Snakemakes in pods, which groups and scripts run in, make their shadow directories themselves.
+        is_lost = jobs.is_direct(job) and getattr(job.rule, "shadow_depth", None)
+        return "its shadow directory is lost" if is_lost else ""
 
     def _prepare(self, job: Any, spec: GangSpec) -> GangSpec:
         if jobs.is_direct(job):
@@ -269,10 +270,9 @@ def _site(workflow: Any, settings: ExecutorSettings) -> jobs.Site:
             "a Secret of the namespace and name it with --kubernetes-gang-env-secret"
         )
     state = workflow.persistence.aux_path.absolute() / "kubernetes-gang"
+    name = place.identity(state, place_of(workdir, volumes))
     snakefile = str(Path(workflow.main_snakefile).absolute())
-    return jobs.Site(
-        settings, place_of(workdir, volumes), workdir, snakefile, state, volumes, common, with_gpus, names
-    )
+    return jobs.Site(settings, name, workdir, snakefile, state, volumes, common, with_gpus, names)
 
 
 def _check_user() -> None:

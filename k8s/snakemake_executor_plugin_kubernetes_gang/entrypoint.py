@@ -51,11 +51,26 @@ done
 wait "$child"
 """
 
+# Under DeepSpeedJob a process on another node comes through ssh, which gives it nothing of its pod's
+# environment: DeepSpeed's launcher hands on a few variables and those that the controller has written down,
+# the image's PATH not among them. The pod's first process has them all, unless it is an sshd, which writes
+# its title over them; the launcher's own python is always named by its whole path.
+ENVIRONMENT = r"""
+while IFS= read -r -d '' pair; do
+  name=${pair%%=*}
+  [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || continue
+  [ "$name" != PATH ] || PATH=${pair#*=}
+  [ -n "${!name+set}" ] || export "$pair"
+done 2>/dev/null < /proc/1/environ
+read -r -d '' launcher < "/proc/$PPID/cmdline"
+[[ $launcher != /* ]] || PATH=${launcher%/*}:$PATH
+export PATH
+"""
+
 # Under DeepSpeedJob sshd, pdsh and DeepSpeed's launcher are root; the program itself is not, so that
 # all it writes belongs to the volume's owner. IPC_LOCK is kept where the pod has it: RDMA needs it.
 AS_OWNER = r"""
 keep=
 setpriv --inh-caps=+ipc_lock --ambient-caps=+ipc_lock true 2>/dev/null && keep="--inh-caps=+ipc_lock --ambient-caps=+ipc_lock"
-export HOME=/tmp
 exec setpriv --reuid="$GANG_UID" --regid="$GANG_GID" --clear-groups $keep bash "$GANG_STATE/entrypoint.sh"
 """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import manifest, status
+from . import manifest, place, status
 from .cluster import REQUEST_S, ApiError, Cluster, wait
 from .entrypoint import POLL_S
 from .mirror import Mirror
@@ -70,20 +69,32 @@ class Gangs:
         known = spec.name in self._used or any(mirror.of(spec.name) for mirror in mirrors)
         return all(mirror.synced.is_set() for mirror in mirrors) and not known
 
-    def find(self, spec: GangSpec) -> Json | None:
-        """Return the gang of this name, as the API server has it now.
+    def find(self, spec: GangSpec, kind: str = "") -> Json | None:
+        """Return the gang of this name, as the API server has it now; of another `kind` than the spec's.
 
         Raises:
             Foreign: the name is taken by somebody else.
         """
         self._used.add(spec.name)
-        kind = manifest.kind_of(spec)
+        kind = kind or manifest.kind_of(spec)
         found = self.cluster.get(kind, spec.name)
-        if found and found["metadata"].get("labels", {}).get(manifest.LABEL_PLACE) != self.place:
+        if not found:
+            return None
+        self._check_ours(kind, found, spec)
+        return {"kind": kind, **found}
+
+    def _check_ours(self, kind: str, found: Json, spec: GangSpec) -> None:
+        if found["metadata"].get("labels", {}).get(manifest.LABEL_PLACE) != self.place:
             raise Foreign(
                 f"{kind} {spec.name} exists and is not of this working directory; delete it, or use another namespace"
             )
-        return {"kind": kind, **found} if found else None
+        theirs = found["metadata"].get("annotations", {}).get(manifest.WORKDIR)
+        if theirs and theirs != spec.annotations.get(manifest.WORKDIR):
+            raise Foreign(
+                f"{kind} {spec.name} was started from {theirs}. If that is this directory under another path, "
+                f"start Snakemake there, or delete the {kind}; if this one is a copy, remove "
+                f"{Path(spec.state_dir).parent}/place"
+            )
 
     def read(self, gang: Json, nodes: int, without: Container[str] = ()) -> tuple[Json, status.Status]:
         """Return a gang's newest object and status, as the mirrors have them; `without`: uids of pods."""
@@ -116,6 +127,25 @@ class Gangs:
             return error.status == 404
         return bool(found["metadata"]["uid"] != gang["metadata"]["uid"])
 
+    def end_elsewhere(self, spec: GangSpec) -> None:
+        """End a gang of this name that other options have made, where `find` does not look.
+
+        Raises:
+            ApiError: the cluster refuses it.
+        """
+        kind, namespace = place.last(spec.state_dir)
+        if namespace not in ("", self.cluster.namespace):
+            self._say(
+                f"{spec.name} was last made in the namespace {namespace}: should it run there still, its pods are "
+                "told through the volume to stop"
+            )
+            self.fence(spec)
+        elif kind not in ("", manifest.kind_of(spec)):
+            left = self.find(spec, kind)
+            if left:
+                self._say(f"{spec.name} is replaced: it is a {kind}, made with another backend")
+                self.remove(left, spec)
+
     # -- doing ------------------------------------------------------------------------------
 
     def create(self, spec: GangSpec) -> Json:
@@ -142,6 +172,7 @@ class Gangs:
 
     def _create_with_helpers(self, spec: GangSpec) -> Json:
         write_state(spec)
+        place.note(spec.state_dir, manifest.kind_of(spec), self.cluster.namespace)
         *helpers, body = manifest.manifests(spec)
         made = []
         try:
@@ -272,13 +303,6 @@ class Gangs:
 
 
 def write_state(spec: GangSpec) -> None:
-    """Write what pods read from the volume; each file appears whole."""
-    directory = Path(spec.state_dir)
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write what pods read from the volume."""
     for name, text in manifest.files(spec).items():
-        path = directory / f".{name}.new"
-        with path.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        path.rename(directory / name)
+        place.write_whole(Path(spec.state_dir, name), text)

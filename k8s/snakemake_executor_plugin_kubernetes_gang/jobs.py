@@ -175,7 +175,7 @@ def _description(job: Any, site: Site) -> dict[str, str]:
     return {
         template.PREFIX + "rule": rule_name(job),
         template.PREFIX + "wildcards": wildcards,
-        template.PREFIX + "workdir": site.workdir,
+        manifest.WORKDIR: site.workdir,
     }
 
 

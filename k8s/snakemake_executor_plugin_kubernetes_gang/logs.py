@@ -90,12 +90,14 @@ class Follower(threading.Thread):
         self._starting, self._heard_at = threading.Lock(), 0.0
         self.is_whole = False
 
-    def finish(self) -> None:
-        """The container has ended: read what is left, then stop. Returns at once; see `is_done`."""
-        if not self._ended.is_set():
-            self._heard_at = time.monotonic()
-            self._ended.set()
+    def finish(self) -> bool:
+        """The container has ended: read what is left, then stop. Whether this is the first to say so."""
+        if self._ended.is_set():
+            return False
+        self._heard_at = time.monotonic()
+        self._ended.set()
         self.follow()
+        return True
 
     def follow(self) -> None:
         """Start, where it has not been. A mirror's thread asks for it as well as Snakemake's."""
@@ -151,7 +153,7 @@ class Follower(threading.Thread):
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     self._line(line, position, file)
-            if pending and not follow:
+            if pending and (not follow or pending.startswith(NOT_NOW)):
                 self._line(pending, position, file)
         finally:
             answer.close()

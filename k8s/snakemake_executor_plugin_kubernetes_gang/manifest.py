@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import template
-from .entrypoint import AS_OWNER, ENTRYPOINT
+from .entrypoint import AS_OWNER, ENTRYPOINT, ENVIRONMENT
 from .spec import GangSpec, Queue, SpecError
 
 Json = dict[str, Any]
@@ -21,6 +21,7 @@ LABEL_PLACE = template.PREFIX + "place"
 LABEL_GANG = template.PREFIX + "gang"
 FINGERPRINT = template.PREFIX + "fingerprint"
 TOKEN = template.PREFIX + "token"
+WORKDIR = template.PREFIX + "workdir"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "kubernetes-gang"}
 INDEX = "metadata.labels['batch.kubernetes.io/job-completion-index']"
 KEEP_S = 7 * 24 * 3600  # a net: the controller deletes a gang once Snakemake has recorded its end
@@ -114,7 +115,7 @@ def _deepspeedjob(spec: GangSpec) -> list[Json]:
     _rename_main(pod, "worker")
     body["spec"] = {
         # From a file: the launcher passes the command through ssh, where quotes do not survive.
-        "config": {"slotsPerWorker": spec.gpus, "run": {"exec": ["bash", f"{spec.state_dir}/slot.sh"]}},
+        "config": {"slotsPerWorker": spec.gpus, "run": {"exec": ["bash", f"{spec.state_dir}/{_slot(spec)}"]}},
         "runPolicy": {"backoffLimit": 0, "cleanUpPolicy": "Unfinished"},
         "worker": {"replicas": spec.nodes, "restartPolicy": "Never", "template": pod},
     }
@@ -141,6 +142,13 @@ def _as_root(pod: Json) -> None:
     add = container["securityContext"].get("capabilities", {}).get("add", [])
     container["securityContext"] = {"capabilities": {"add": add}} if add else {}
     del container["command"], container["args"]
+    # The launcher looks in root's home for the variables that the controller has written down.
+    container["env"] = [entry for entry in container["env"] if entry["name"] not in ("HOME", "USER")]
+
+
+def _slot(spec: GangSpec) -> str:
+    """A file of this very gang's: a late process of an old one must not take the new one's token for its own."""
+    return f"slot-{spec.token}.sh"
 
 
 def _rename_main(pod: Json, name: str) -> None:
@@ -230,9 +238,16 @@ def files(spec: GangSpec) -> dict[str, str]:
     token = {"token": spec.token + "\n"}
     if backend_of(spec) != "deepspeedjob":
         return token
-    values = {**_gang_values(spec), "GANG_UID": str(spec.uid), "GANG_GID": str(spec.gid)}
+    values = {**_plain_env(spec), **_gang_values(spec), "GANG_UID": str(spec.uid), "GANG_GID": str(spec.gid)}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
-    return {**token, "slot.sh": exports + AS_OWNER, "entrypoint.sh": ENTRYPOINT}
+    return {**token, _slot(spec): ENVIRONMENT + exports + AS_OWNER, "entrypoint.sh": ENTRYPOINT}
+
+
+def _plain_env(spec: GangSpec) -> dict[str, str]:
+    """The pod's variables whose values stand in its manifest, the template's among them."""
+    entries = _pod(spec, None)["spec"]["containers"][0]["env"]
+    values = {entry["name"]: entry["value"] for entry in entries if "value" in entry}
+    return {name: v.replace("$$", "$") for name, v in values.items() if "$(" not in v.replace("$$", "")}
 
 
 def _env(values: Mapping[str, str]) -> list[Json]:

@@ -10,8 +10,6 @@ from pathlib import Path
 from . import logs, status
 from .cluster import Cluster
 
-JOIN_S = 0.5  # most logs are read in less; for others the next look is soon enough
-
 
 class RankLogs:
     """One file per rank and submission: a gang that is taken up again goes on with its own."""
@@ -33,13 +31,12 @@ class RankLogs:
         for pod in pods:
             self.stream(pod)
 
-    def collect(self, pods: Iterable[status.Json]) -> bool:
+    def collect(self, pods: Iterable[status.Json], wait_s: float) -> bool:
         """Whether the logs of a gang that has ended are stored; ask again while they are not."""
         followers = [self._follower(pod) for pod in pods]
-        for follower in followers:
-            follower.finish()
-        until = time.monotonic() + JOIN_S
-        for follower in followers:
+        first = [follower for follower in followers if follower.finish()]
+        until = time.monotonic() + wait_s
+        for follower in first:
             follower.join(max(0.0, until - time.monotonic()))
         return all([follower.is_done() for follower in followers])
 

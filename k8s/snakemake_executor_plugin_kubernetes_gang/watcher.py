@@ -25,6 +25,9 @@ PATIENCE_S = {"image": 300, "FailedMount": 300, "FailedCreatePodSandBox": 300, "
 CONFIG_PATIENCE_S = 60
 # Logs that stream at a time: each is a connection and a thread. Of other gangs the log comes at the end.
 STREAMS = 32
+# Most logs are read in less. Where they are not, as from a node that is lost, others are not held up for them.
+LOG_WAIT_S = 0.5
+NO_WAIT_S = 10.0
 WAITS_FOR_ITS_TURN = ("unschedulable", "quota", "queue", "queue-again")
 
 
@@ -66,6 +69,7 @@ class Watcher:
         self._gangs, self._site, self._say, self._show = gangs, site, say, show
         self._watches: dict[int, Watch] = {}  # by the job's identity
         self._streaming: set[int] = set()
+        self._slow_until = 0.0
         self._news = News(gangs.cluster, say)
         gangs.pods.changed = self._pod_changed
 
@@ -142,6 +146,8 @@ class Watcher:
         clock = time.monotonic()
         if now.phase == "queued":
             watch.half_since = watch.broken_since = 0.0
+            if watch.said == "running":
+                self._news.refresh()  # what is known of the queue is older
             watch.taken_back |= {p["metadata"]["uid"] for p in now.pods if status.is_broken(p)}
         elif any(status.is_broken(pod) for pod in now.pods):
             watch.broken_since = watch.broken_since or clock
@@ -224,7 +230,7 @@ class Watcher:
 
     def _end(self, watch: Watch, gang: Json, now: status.Status) -> Verdict | None:
         """How a gang that has ended by itself did, once its logs are stored."""
-        if not watch.logs.collect(now.pods):
+        if not self._collect(watch, now):
             return None
         if now.phase == "succeeded":
             self._say_what_is_cut(watch, now.pods)
@@ -234,6 +240,14 @@ class Watcher:
         tails = watch.logs.tails(now.pods)
         cause = explain.explain(self._case(watch, gang, now, tails))
         return self._failure(watch, now, cause)
+
+    def _collect(self, watch: Watch, now: status.Status) -> bool:
+        """Whether a gang's logs are stored. One that made us wait in vain costs others their wait."""
+        is_slow = time.monotonic() < self._slow_until
+        is_stored = watch.logs.collect(now.pods, 0.0 if is_slow else LOG_WAIT_S)
+        if not (is_stored or is_slow):
+            self._slow_until = time.monotonic() + NO_WAIT_S
+        return is_stored
 
     def _say_what_is_cut(self, watch: Watch, pods: tuple[status.Json, ...]) -> None:
         cut = watch.logs.cut(pods)
@@ -255,7 +269,7 @@ class Watcher:
             return None
         for pod in live:
             self._gangs.cluster.delete(pod, grace_s=0, patient=False)
-        if not watch.logs.collect(now.pods):
+        if not self._collect(watch, now):
             return None
         watch.logs.tails(now.pods)
         return self._failure(watch, now, cause)

@@ -31,6 +31,7 @@ def root(tmp_path_factory):
     if os.getuid() != 0 or not shutil.which("debootstrap"):
         pytest.skip("it needs root and debootstrap")
     place = tmp_path_factory.mktemp("image")
+    place.chmod(0o755)  # for who is not root in it
     run("debootstrap", "--variant=minbase", "bookworm", str(place))
     shutil.copy("/etc/resolv.conf", place / "etc" / "resolv.conf")
     build = place / "tmp" / "build"
@@ -55,7 +56,9 @@ def root(tmp_path_factory):
 
 
 def copy_the_code(place: Path) -> None:
-    """What the Dockerfile's COPY does, without what .dockerignore names; and a volume."""
+    """What the Dockerfile does after its packages: a user, the code without what .dockerignore names. And a volume."""
+    [user] = re.findall(r"^RUN (useradd .*)", dockerfile.DOCKERFILE.read_text(), flags=re.MULTILINE)
+    run("chroot", str(place), *user.split())
     left_out = [line.removeprefix("**/") for line in (REPO / ".dockerignore").read_text().split()]
     shutil.copytree(REPO, place / "opt" / "rlhf", ignore=shutil.ignore_patterns(*left_out))
     (place / "volume").mkdir()

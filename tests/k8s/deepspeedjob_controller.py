@@ -2,7 +2,9 @@
 
 What its manual says and nothing else: pods `<job>-worker-<i>` as root with a hostfile at /t9k/hostfile,
 one process per slot with the ranks that DeepSpeed's launcher sets, worker 0's end decides, then phase
-and conditions. sshd and pdsh are left out: each pod starts its own slots.
+and conditions. sshd and pdsh are left out: each pod starts its own slots, with the environment that they
+would have through ssh: the few variables that DeepSpeed hands on (runner.py, PDSHRunner), and those of the
+container's that the controller has written into /root/.deepspeed_env.
 """
 
 from __future__ import annotations
@@ -17,8 +19,21 @@ import harness
 
 GROUP = "batch.tensorstack.dev/v1beta1"
 SLOTS = r"""
+mkdir -p /root
+for name in $NAMES; do printf '%s=%s\n' "$name" "${!name}"; done > /root/.deepspeed_env
+exports=
+add() { # as MultiNodeRunner.add_export: what the other node's shell reads
+  local value=${1#*=}
+  [[ $value =~ ^[A-Za-z0-9_@%+=:,./-]*$ ]] || value="\"$value\""
+  exports+="export ${1%%=*}=$value; "
+}
+while read -r line; do add "$line"; done < <(env | grep -E '^(PYTHON|NCCL|MLFLOW|MV2|UCX)')
+if [ -f "$HOME/.deepspeed_env" ]; then while read -r line; do add "$line"; done < "$HOME/.deepspeed_env"; fi
+ssh=(env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash PATH=/usr/local/bin:/usr/bin:/bin)
 for slot in $(seq 0 $((SLOTS - 1))); do
-  RANK=$((INDEX * SLOTS + slot)) LOCAL_RANK=$slot LOCAL_SIZE=$SLOTS WORLD_SIZE=$((REPLICAS * SLOTS)) "$@" &
+  ranks="export RANK=$((INDEX * SLOTS + slot)) LOCAL_RANK=$slot LOCAL_SIZE=$SLOTS WORLD_SIZE=$((REPLICAS * SLOTS))"
+  ranks+=" MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT"
+  "${ssh[@]}" bash -c "$exports $ranks; $* --local_rank=$slot" &
   pids="$pids $!"
 done
 code=0
@@ -64,8 +79,10 @@ class Controller(threading.Thread):
             if f"{name}-worker-{i}" in pods
         ]
         first = pods.get(f"{name}-worker-0", {}).get("status", {}).get("phase", "Failed")
+        if first == "Succeeded" and "Running" in phases:
+            return  # pdsh on worker 0 ends after the last of its hosts
         if first in ("Succeeded", "Failed"):
-            self._end(job, pods, first)
+            self._end(job, pods, "Failed" if "Failed" in phases else first)
         elif "Failed" in phases or len(phases) < replicas:
             self._end(job, pods, "Failed")
         elif set(phases) == {"Running"}:
@@ -117,8 +134,9 @@ def worker(job: dict, index: int) -> dict:
         "-c",
         f"echo {hostfile} | base64 -d > /t9k/hostfile; set -- {program}\n{SLOTS}",
     ]
+    names = " ".join(entry["name"] for entry in container.get("env", []))
     container["env"] = [*container.get("env", []), *({"name": k, "value": str(v)} for k, v in {
-        "SLOTS": slots, "INDEX": index, "REPLICAS": replicas, "MASTER_PORT": 29500,
+        "NAMES": names, "SLOTS": slots, "INDEX": index, "REPLICAS": replicas, "MASTER_PORT": 29500,
         "MASTER_ADDR": f"{name}-worker-0.{name}",
     }.items())]  # fmt: skip
     container.setdefault("volumeMounts", []).append({"name": "hostfile", "mountPath": "/t9k"})

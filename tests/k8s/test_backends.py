@@ -23,10 +23,13 @@ rule gang:
     resources: nodes=2, gpus=1
     retries: {retries}
     shell:
-        'r=${{{{NODE_RANK:-$RANK}}}}; echo rank $r as $(id -u); echo $r >> ranks;'
+        'r=${{{{NODE_RANK:-$RANK}}}}; echo rank $r as $(id -u) in ${{{{POD:-?}}}}; echo $r >> ranks;'
+        ' command -v snakemake > /dev/null; : $OMP_NUM_THREADS;'
         ' [ $r != 1 -o {retries} = 0 -o -e failed ] || {{{{ touch failed; exit 9; }}}};'
         ' sleep 2; mkdir -p {{output}}; echo done > {{output}}/$r'
 """
+# A variable whose value does not stand in the manifest, like one from a Secret.
+POD = [{"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]
 BACKENDS = ("job", "jobset", "trainjob", "deepspeedjob")
 CRDS = (
     "jobsets.jobset.x-k8s.io", "trainjobs.trainer.kubeflow.org", "clusterqueues.kueue.x-k8s.io",
@@ -80,7 +83,7 @@ def gangs(controllers):
 
     def one(case: tuple[str, int]):
         backend, retries = case
-        place = harness.Workdir(f"{backend}-{retries}", GANG.format(retries=retries))
+        place = harness.Workdir(f"{backend}-{retries}", GANG.format(retries=retries), env=POD)
         return case, (place, *place.run("--kubernetes-gang-backend", backend))
 
     with ThreadPoolExecutor(3) as pool:
@@ -92,7 +95,9 @@ def test_a_gang_ends_well(gangs, backend):
     place, code, said = gangs[backend, 0]
     assert code == 0, said
     assert sorted((place.path / "ranks").read_text().split()) == ["0", "1"]
-    assert f"rank 0 as {harness.OWNER}" in said, "the command is not root, under no backend"
+    assert f"rank 0 as {harness.OWNER} in gang-" in said, (
+        "not root and with the pod's variables, under each backend"
+    )
     for path in (place.path / "out").iterdir():
         assert path.stat().st_uid == harness.OWNER
     everything = "pods,jobs,services,jobsets,trainjobs,trainingruntimes,deepspeedjobs"
@@ -132,6 +137,20 @@ def test_a_helper_that_was_left_behind_is_replaced(workdir, controllers, backend
     code, said = place.run("--kubernetes-gang-backend", backend)
     assert code == 0, said
     assert not harness.get(f"{left['kind'].lower()}s", "-l", "left=yes")
+
+
+def test_another_backend_ends_the_gang_of_the_first(workdir, controllers):
+    text = GANG.format(retries=0).replace("sleep 2", "sleep 60")
+    place = workdir(text)
+    process = place.start("--kubernetes-gang-backend", "jobset")
+    wait_until("it runs", lambda: (place.path / "ranks").exists())
+    harness.kill(process)
+    place.unlock()
+    (place.path / "Snakefile").write_text(text.replace("sleep 60", "sleep 1"))
+    code, said = place.run("--kubernetes-gang-backend", "job")
+    assert code == 0, said
+    assert "is replaced: it is a JobSet, made with another backend" in said
+    assert not place.objects("jobsets")
 
 
 def test_the_older_spelling_of_deepspeedjob(workdir, controllers):

@@ -182,7 +182,7 @@ SENTENCES = {
     "peer": r"processes waited in vain for each other in pod peer-\S+, .* \(.+\): look for the rank that stopped first, and at the network between nodes \(NCCL_DEBUG=INFO\)\." + ONCE,
     "image": r"pod image-\S+ cannot get its image registry\.invalid/none:1 \((ErrImagePull|ImagePullBackOff): .+\): check the name, the registry and imagePullSecrets\." + ONCE,
     "name": r"pod name-\S+ cannot get its image \S+ \(InvalidImageName: .+\): check the name, the registry and imagePullSecrets\." + ONCE,
-    "unschedulable": r"no node can take pod unschedulable-\S+; the gang asks for 1 x \(99 GPUs, 100m CPUs, 1000 MB\) \(0/2 nodes are available: 2 Insufficient nvidia\.com/gpu.*\): wait for nodes to become free, or ask for less\.",
+    "unschedulable": r"no node can take pod unschedulable-\S+; the gang asks for 1 x \(99 GPUs, 100m CPUs, 1000 MB\) \(0/2 nodes are available: .*2 Insufficient nvidia\.com/gpu.*\): wait for nodes to become free, or ask for less\.",
     "deleted": r"pod deleted-\S+ was deleted while it ran: ask who did; nothing in the rule is wrong\." + NOBODYS,
     "drained": r"pod drained-\S+ was evicted, as when a node is drained \(.*[Ee]vict.*\): nothing in the rule is wrong\." + NOBODYS,
     "disk": r"pod disk-\S+ was evicted by its node \(.*ephemeral.*20M.*\): the node ran short, or the pod used more than it asked for: look at which\." + NOBODYS,

@@ -45,6 +45,23 @@ def test_a_pod_and_a_gang_of_two(workdir):
     assert len(stored) == 2, "every rank's log is on the volume"
 
 
+def test_rbac_yaml_alone_is_all_that_jobs_need(workdir):
+    more = str(harness.REPO / "k8s" / "base" / "rbac-backends.yaml")
+    harness.kubectl("delete", "-n", harness.NAMESPACE, "-f", more)
+    try:
+        rule = "rule {0}:\n    output: '{0}.txt'\n    resources: nodes={1}\n    shell: '{2}'\n"
+        place = workdir(
+            "rule all:\n    input: 'one.txt', 'two.txt'\n"
+            + rule.format("one", 1, "touch {output}")
+            + rule.format("two", 2, "sleep 1; echo done > {output}")
+        )
+        code, said = place.run()
+        assert code == 0, said
+        assert not place.objects("jobs,services,pods")
+    finally:
+        harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", more)
+
+
 def test_secrets_go_by_reference_and_shared_memory_has_its_size(workdir):
     place = workdir(
         'envvars: "GREETING"\nrule one:\n    output: "one.txt"\n    resources: mem_mb=400, shm_mb=100\n'

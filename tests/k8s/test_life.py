@@ -121,35 +121,12 @@ def test_a_controller_killed_at_any_moment_loses_nothing(killed, moment):
     assert any(text in said for text in FOUND.get(moment, [""])), said
 
 
-# What Snakemake itself runs in the pod: a group of rules, a script.
-WITH_SNAKEMAKE = {
-    "group": """
-rule all:
-    input: "b.txt"
-rule a:
-    output: "a.txt"
-    group: "both"
-    shell: "echo started >> runs; sleep 12; echo a > {output}"
-rule b:
-    input: "a.txt"
-    output: "b.txt"
-    group: "both"
-    shell: "cp {input} {output}"
-""",
-    "script": """
-rule all:
-    input: "b.txt"
-rule b:
-    output: "b.txt"
-    script: "b.py"
-""",
-}
 SCRIPT = 'import time\nopen("runs", "a").write("started\\n")\ntime.sleep(12)\nopen(snakemake.output[0], "w").write("a")\n'
 
 
-@pytest.mark.parametrize("kind", WITH_SNAKEMAKE)
-def test_a_gang_that_runs_a_snakemake_of_its_own_is_taken_up_again(workdir, kind):
-    place = workdir(WITH_SNAKEMAKE[kind])
+def test_a_script_is_taken_up_again(workdir):
+    """A Snakemake of its own runs it in the pod."""
+    place = workdir('rule b:\n    output: "b.txt"\n    script: "b.py"\n')
     place.write("b.py", SCRIPT)
     first = place.start()
     wait_until("it runs", lambda: runs(place))
@@ -178,6 +155,19 @@ def test_a_changed_command_replaces_the_gang(workdir):
     live = [p for p in place.objects("pods") if p["metadata"]["ownerReferences"][0]["uid"] == old]
     assert new
     assert not live, "the old gang's pods were gone before the new one's came"
+
+
+def test_another_volume_makes_no_second_writer(workdir):
+    place = workdir(counting(12))
+    first = place.start()
+    wait_until("it runs", lambda: runs(place))
+    kill(first)
+    place.unlock()
+    mine = f"{harness.CLAIM}:{harness.volume()}"
+    code, said = place.run("--kubernetes-gang-volumes", mine, f"{harness.CLAIM}:/srv")
+    assert code == 0, said
+    assert "re-attached to the running gang" in said
+    assert runs(place) == 1
 
 
 def test_a_group_of_jobs_is_taken_up_again(workdir):

@@ -1,6 +1,6 @@
-"""Benchmark: does PPO learn? Seeds 1, 2, 3 of `tiny`, and for each a control with shuffled scores.
+"""Benchmark: does PPO learn? Seeds 1, 2, 3 of `tiny`; for each a control with shuffled scores, and four PPO epochs.
 
-    make learn [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"] [LEARN_RLHF='{"ppo_epochs": 4, "kl_coef": 0.35}']
+    make learn [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"]
 
 Prints a table and fails if a bound is broken. What is measured: the mean VADER compound of sampled
 replies to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampling seed.
@@ -20,16 +20,17 @@ sys.path.insert(0, str(PROJECT / "scripts"))
 from rlhf import health  # noqa: E402
 
 SEEDS = tuple(int(seed) for seed in os.environ.get("LEARN_SEEDS", "1 2 3").split())
+FOUR_EPOCHS = {"ppo_epochs": 4, "kl_coef": 0.35}
 
 
 def main() -> None:
     volume = Path(os.environ.get("LEARN_DIR") or tempfile.mkdtemp(prefix="learn-"))
     volume.mkdir(parents=True, exist_ok=True)
-    overrides = json.loads(os.environ.get("LEARN_RLHF", "{}"))  # e.g. {"iterations": 80}
-    scenarios = {}
+    scenarios: dict[str, dict] = {}
     for seed in SEEDS:
-        scenarios[f"learn-{seed}"] = {"base": "tiny", "seed": seed, "rlhf": overrides}
-        scenarios[f"control-{seed}"] = {"base": f"learn-{seed}", "rlhf": {"shuffle_scores": True}}
+        scenarios[f"learn-{seed}"] = {"base": "tiny", "seed": seed, "rlhf": {"run": {"threads": 1}}}
+        for name, changes in {"control": {"shuffle_scores": True}, "four-epochs": FOUR_EPOCHS}.items():
+            scenarios[f"{name}-{seed}"] = {"base": f"learn-{seed}", "rlhf": changes}
     (volume / "config.json").write_text(json.dumps({"pvc": str(volume), "scenarios": scenarios}))
     targets = [f"results/{name}/rlhf/eval" for name in scenarios]
     targets += [f"results/learn-{seed}/reward/model" for seed in SEEDS]
@@ -49,7 +50,7 @@ def report(results: Path, name: str) -> list[str]:
     matched = f["judged_matched_length_after"] - f["judged_matched_length_before"]
     words = f["words_after"] / f["words_before"] - 1
     print(
-        f"{name:<10} {f['judged_before']:.3f} -> {f['judged_after']:.3f} ({rise:+.3f}, matched length"
+        f"{name:<13} {f['judged_before']:.3f} -> {f['judged_after']:.3f} ({rise:+.3f}, matched length"
         f" {matched:+.3f})  KL {f['kl']:.2f}  words {words:+.0%}  distinct-2 {f['distinct_2_after']:.2f}"
     )
     if name.startswith("control"):
@@ -73,9 +74,11 @@ def unhealthy(volume: Path, name: str) -> list[str]:
     lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     bounds = [b for b in health.BOUNDS if b.metric in ("ratio_mean", "clip_fraction", "approx_kl")]
     ranges = {b.metric: [f([line[b.metric] for line in lines]) for f in (min, max)] for b in bounds}
-    run = json.loads((ppo / "run.json").read_text())
-    print(f"{name:<10} " + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
-          + f"; {run['seconds']:.0f} s of PPO")  # fmt: skip
+    seconds = json.loads((ppo / "run.json").read_text())["seconds"]
+    config = json.loads((ppo / "provenance.json").read_text())["config"]
+    samples = config["iterations"] * config["rollout_batch_size"]
+    print(f"{name:<13} " + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
+          + f"; {seconds / samples:.4f} s per sample on one thread")  # fmt: skip
     return [f"{name}: {health.in_words(b, value)}" for b in bounds for value in ranges[b.metric]
             if not b.least <= value <= b.most]  # fmt: skip
 

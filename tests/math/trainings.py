@@ -11,11 +11,10 @@ import logging
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -237,16 +236,16 @@ def side_by_side(path: Path, sources: dict[str, Path], cases: list[dict], proces
     shares = [cases[i::processes] for i in range(processes)]
     places = [path / f"share-{i}" for i in range(processes)]
     started = []
-    for where, share, port in zip(places, shares, free_ports(processes), strict=True):
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    for where, share in zip(places, shares, strict=True):
         where.mkdir()
         plan = write_plan(where, 1, sources, share, each=True)
-        ranks = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
         with (where / "log").open("wb") as log:
             command = [sys.executable, __file__, str(plan)]
             started.append(
@@ -259,15 +258,6 @@ def side_by_side(path: Path, sources: dict[str, Path], cases: list[dict], proces
         for where, share in zip(places, shares, strict=True)
         for c in share
     }
-
-
-def free_ports(count: int) -> list[str]:
-    """Return ports that are all different: each is held until the last one is found."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def write_plan(

@@ -102,7 +102,7 @@ def rank_logs(cluster, tmp_path, shown=None):
 
 def collected(found, pods, limit_s=10.0):
     until = time.monotonic() + limit_s
-    while not (done := found.collect(pods)) and time.monotonic() < until:
+    while not (done := found.collect(pods, 0.1)) and time.monotonic() < until:
         time.sleep(0.05)
     return done
 
@@ -110,7 +110,7 @@ def collected(found, pods, limit_s=10.0):
 def test_a_log_that_was_not_streamed_comes_with_one_request(tmp_path):
     cluster, shown, ended = Log(TWO_LINES), [], [pod(exitCode=0)]
     found = rank_logs(cluster, tmp_path, shown)
-    assert found.collect(ended)
+    assert found.collect(ended, 5.0)
     assert shown == ["a", "b"]
     assert cluster.asked == [{"timestamps": "true"}]
     assert found.tails(ended) == {0: "a\nb\n"}
@@ -121,7 +121,7 @@ def test_a_log_that_was_not_streamed_comes_with_one_request(tmp_path):
 def test_other_ranks_give_their_end_and_are_not_shown(tmp_path):
     cluster, shown, ended = Log(TWO_LINES), [], [pod(1, exitCode=1)]
     found = rank_logs(cluster, tmp_path, shown)
-    assert found.collect(ended)
+    assert found.collect(ended, 5.0)
     assert cluster.asked == [{"timestamps": "true", "tailLines": logs.TAIL_LINES}]
     assert shown == []
     assert [path.rpartition("/")[2] for path in found.files()] == ["01234567.rank-1.log"]
@@ -158,7 +158,7 @@ def test_a_kubelet_that_cannot_answer_now_is_asked_again(tmp_path, quick, answer
 
 def test_a_log_that_nobody_gives_is_called_cut_and_the_last_message_kept(tmp_path, quick):
     found, ended = rank_logs(Log(NOT_YET), tmp_path), [pod(1, exitCode=1, message="KeyError: 'x'")]
-    assert not found.collect(ended), "nothing is given up at the first try"
+    assert not found.collect(ended, 0.2), "nothing is given up at the first try"
     assert collected(found, ended)
     assert found.cut(ended) == [1]
     assert found.tails(ended) == {1: "KeyError: 'x'"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,9 +116,53 @@ def test_kubernetes_leaves_the_command_as_it_is(command):
 
 def test_a_deepspeedjobs_command_lies_in_a_file_with_its_quotes():
     case = dataclasses.replace(CASES["deepspeedjob"], command="echo 'it is' \"$HOME\"")
-    text = manifest.files(case)["slot.sh"]
+    text = manifest.files(case)["slot-11111111.sh"]
     assert "export GANG_COMMAND='echo '\"'\"'it is'\"'\"' \"$HOME\"'" in text
     assert "setpriv" in text
+
+
+def test_a_late_slot_of_an_old_deepspeedjob_does_not_read_the_new_ones_token():
+    """Its pods name their own file: rewritten, it would tell them that they are the new gang's."""
+    [body] = manifest.manifests(CASES["deepspeedjob"])
+    [name] = {Path(body["spec"]["config"]["run"]["exec"][-1]).name} & set(
+        manifest.files(CASES["deepspeedjob"])
+    )
+    newer = dataclasses.replace(CASES["deepspeedjob"], token="22222222")
+    assert name not in manifest.files(newer)
+
+
+def test_root_in_a_deepspeedjobs_pods_has_its_own_home():
+    """DeepSpeed's launcher looks there for the file with variables that the controller has written."""
+    names = {e["name"] for e in container_of(CASES["deepspeedjob"])["env"]}
+    assert not {"HOME", "USER"} & names
+    assert {"OMP_NUM_THREADS", "HF_TOKEN"} <= names
+
+
+SLOT = """
+import subprocess, sys
+clean = {"HOME": "/root", "USER": "root", "PATH": "/usr/bin:/bin", "LOCAL_RANK": "1", "TOKEN": "forwarded"}
+sys.exit(subprocess.call(["bash", sys.argv[1], "--local_rank=1"], env=clean))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the launcher's processes are root")
+def test_a_slot_has_the_pods_environment_though_ssh_has_given_it_none(tmp_path):
+    """As DeepSpeed's launcher starts it on another node: by the python of the image, without its PATH."""
+    command = "command -v python; echo $HOME $USER $MORE $LOCAL_RANK $TOKEN $WITH_REFERENCE"
+    more = [{"name": "MORE", "value": "a $$HOME"}, {"name": "WITH_REFERENCE", "value": "$(MORE)"}]
+    user = {"spec": {"containers": [{"name": "main", "env": more}]}}
+    case = spec(
+        backend="deepspeedjob", gpus=1, command=command, state_dir=str(tmp_path), workdir=str(tmp_path),
+        project=str(tmp_path), uid=0, gid=0, template=user, env={"HOME": "/tmp", "USER": "1000"},
+    )  # fmt: skip
+    for name, text in manifest.files(case).items():
+        (tmp_path / name).write_text(text)
+    launcher = [sys.executable, "-c", SLOT, str(tmp_path / "slot-11111111.sh")]
+    run = subprocess.run(launcher, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        f"{Path(sys.executable).parent}/python",
+        "/tmp 1000 a $HOME 1 forwarded",
+    ]
 
 
 @pytest.mark.parametrize("priority", ["high", "101", "-1"])

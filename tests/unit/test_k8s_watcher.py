@@ -48,7 +48,7 @@ class Logs:
     """Notes what is asked of the logs."""
 
     def __init__(self, done):
-        self.done = done
+        self.done, self.waited, self.is_stored = done, [], True
 
     def stream(self, pod):
         return True
@@ -56,9 +56,10 @@ class Logs:
     def keep(self, pods):
         self.done.append(f"keep {[status.rank(p) for p in pods]}")
 
-    def collect(self, pods):
+    def collect(self, pods, wait_s):
         self.done.append("collect")
-        return True
+        self.waited.append(wait_s)
+        return self.is_stored
 
     def tails(self, pods):
         return {}
@@ -69,6 +70,9 @@ class Logs:
     def files(self):
         return []
 
+    def whole(self, pod):
+        return b""
+
 
 @pytest.fixture
 def seen(monkeypatch, tmp_path):
@@ -78,7 +82,9 @@ def seen(monkeypatch, tmp_path):
     monkeypatch.setattr(watcher, "RankLogs", lambda *_: Logs(gangs.done))
     site = SimpleNamespace(settings=SimpleNamespace(start_timeout=600))
     made = watcher.Watcher(gangs, site, said.append, lambda name, line: None)
-    made._news = SimpleNamespace(warnings=lambda *_: [], workloads=lambda uid: [], refresh=lambda: None)
+    made._news = SimpleNamespace(
+        warnings=lambda *_: [], workloads=lambda uid: [], refresh=lambda: gangs.done.append("refresh")
+    )
     spec = GangSpec(name="one-0123456789", command="true", workdir="/w", project="/w/S", image="i", uid=1, gid=1,
                     state_dir=str(tmp_path), token="t", nodes=2)  # fmt: skip
     watch = made.begin(SimpleNamespace(attempt=1, restart_times=0), spec, GANG)
@@ -142,6 +148,7 @@ def test_a_gang_that_a_queue_takes_back_is_waited_for(seen):
     look(seen, 1)
     look(seen, 100)
     assert not seen.watch.ending
+    assert "refresh" in seen.gangs.done, "why it was taken back is asked anew"
     assert any("it is suspended, as by a queue" in text for text in seen.said)
 
 
@@ -149,6 +156,17 @@ def test_gangs_that_started_half_do_not_give_up_in_step(seen):
     limits = {seen.watcher.begin(SimpleNamespace(), seen.watch.spec, GANG).half_limit_s for _ in range(20)}
     assert len(limits) == 20
     assert all(600 <= limit <= 750 for limit in limits)
+
+
+def test_a_node_that_gives_no_log_holds_up_no_other_gang(seen):
+    seen.gangs.gang = {**GANG, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    logs = seen.watch.logs
+    logs.is_stored = False
+    for after_s in (1, 1, 1, 20):
+        assert look(seen, after_s) is None
+    assert logs.waited == [0.5, 0.0, 0.0, 0.5]
+    logs.is_stored = True
+    assert look(seen).success
 
 
 def test_a_failure_says_whether_it_is_tried_again():

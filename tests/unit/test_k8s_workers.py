@@ -61,6 +61,8 @@ def test_an_error_of_ours_is_told_and_the_next_goes_on():
 class FakeCluster:
     """A namespace in which one gang may be, that nobody has told of."""
 
+    namespace = "rlhf"
+
     def __init__(self, *there):
         self.there, self.asked = {body["metadata"]["name"]: body for body in there}, []
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def test_of_two_processes_the_first_prints_and_the_other_writes_a_file(start, tm
     assert "rank 0 of 2 local 0 x" in (tmp_path / "log").read_text()
     others = [p.read_text() for p in (tmp_path / "log.ranks").rglob("stdout.log")]
     assert others == ["rank 1 of 2 local 1 x\n"]
+
+
+MEETING = """
+import os, torch, torch.distributed as group
+group.init_process_group("gloo")
+group.all_reduce(count := torch.ones(1))
+print("met", int(count), "at port", os.environ["MASTER_PORT"])
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_port_is_chosen_before_it_is_bound(start, tmp_path, processes):
+    """Another training that starts at the same moment could take it."""
+    assert not hasattr(launch, "socket")
+    (tmp_path / "program.py").write_text(MEETING)
+    process = start("--processes", str(processes))
+    said = process.communicate()[1]
+    assert process.returncode == 0
+    assert re.search(rf"met {processes} at port (\d+)", said)
+    assert ("at port 0\n" in said) == (processes == 1)
 
 
 def test_options_of_the_script_are_not_taken_for_torchruns(start, tmp_path):
