@@ -17,7 +17,7 @@ rule one:
     log: "one.log"
     benchmark: "one.tsv"
     threads: 2
-    shell: "for i in $(seq 1 300); do echo line $i; done; echo $OMP_NUM_THREADS $(id -u) > {output}"
+    shell: "for i in $(seq 1 300); do echo line $i; done; [ $$ -gt 0 ]; echo $OMP_NUM_THREADS $(id -u) > {output}"
 rule two:
     output: directory("two")
     resources: nodes=2
