@@ -45,9 +45,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer that was published with its model.
 
     Raises:
-        DataError: it has no chat template, no EOS, or no padding token of its own.
+        DataError: it cannot be read, or has no chat template, no EOS, or no padding token of its own.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # the tokenizers' library raises no other kind
+        raise DataError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from None
     if tokenizer.chat_template is None:
         raise DataError(f"the tokenizer of {path} has no chat template")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):

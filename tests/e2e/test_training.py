@@ -91,6 +91,7 @@ def test_lora_ema_ptx_packing_zero_3_and_shared_copies_go_together_on_two_proces
         assert json.loads((made / "run.json").read_text())["world_size"] == 2
         log = (smoke.volume / f"logs/{made.parent.name}/{made.name}.log").read_text()
         assert ("packed rows: attention by" in log) == (step != "rlhf/actor")
+    assert AutoModelForCausalLM.from_pretrained(results / "rlhf/actor").generation_config.temperature == 0.7
     # The first log-probs of all: sampled, seen, and learned from at the same temperature.
     assert column(made, "first_approx_kl")[0] == pytest.approx(0, abs=1e-6)
     assert column(made, "kl_ref")[0] == pytest.approx(0, abs=1e-4)

@@ -170,3 +170,13 @@ def test_what_makes_other_tokens_of_a_conversation_is_told(tokenizer, change, to
     for name, value in change.items():
         setattr(other, name, value)
     assert differences(tokenizer, other) == told
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"version": "1.0"}'])
+def test_a_tokenizer_that_cannot_be_read_is_told_with_its_path(tmp_path, text):
+    made().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match=f"the tokenizer of {tmp_path} cannot be read: ."):
+        load_tokenizer(tmp_path)
