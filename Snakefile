@@ -66,8 +66,6 @@ onstart:
     refuse_missing_gpus()
 
 
-# A stage's state goes only once Snakemake knows that its artefact is there: were it to go earlier,
-# a controller killed in between would train from the beginning.
 onsuccess:
     sweep_states()
 

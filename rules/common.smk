@@ -182,9 +182,9 @@ def refuse_missing_gpus():
 
 
 def sweep_states():
-    """Remove the unfinished work of artefacts that Snakemake has stamped as complete."""
+    """Remove the unfinished work of artefacts that are there."""
     for made in PLAN.artefacts.values():
-        if Path(made.path, store.STAMP).exists():
+        if Path(made.path, store.PROVENANCE).exists():
             shutil.rmtree(work_directory(made.path), ignore_errors=True)
 
 

@@ -240,6 +240,24 @@ def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke
     assert smoke.artefact("smoke/rlhf/actor") == old
 
 
+def test_what_a_training_publishes_after_snakemake_was_killed_is_taken_as_it_is(smoke):
+    config = "scenarios: {short: {base: smoke, sft: {steps: 60}}}"
+    targets, store = ("results/short/sft/actor", "results/short/sft/curves.png"), smoke.volume / "store/sft"
+    there = set(store.iterdir())
+    process = smoke.start(*targets, config=config)
+    (lock,) = wait_for(lambda: list(smoke.volume.glob("work/sft/*/lock")))
+    process.kill()  # its job runs on
+    process.wait()
+    made = wait_for(lambda: [p for p in set(store.iterdir()) - there if (p / "provenance.json").exists()])[0]
+    assert lock.parent.name == made.name
+    seen = (made / "run.json").stat()
+    smoke.snakemake("--unlock", config=config)
+    smoke.snakemake(*targets, config=config)
+    assert smoke.artefact("short/sft/actor") == made
+    assert (smoke.volume / targets[1]).is_file()
+    assert (made / "run.json").stat() == seen
+
+
 def copied(project, where):
     """Return a copy of the project's files, without what is made in it."""
     made = (".venv", ".git", ".snakemake", "store", "models", "datasets", "work", "results")
