@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; drawn when not given")
     args = parser.parse_args()
     if not (args.model / "config.json").exists():
-        raise UserError(f"{args.model} is no model directory (no config.json); make it with snakemake")
+        raise UserError(
+            f"{args.model} is no model directory (no config.json): names under results/ lie below `pvc`, make them"
+            " with snakemake"
+        )
     tokenizer = load_tokenizer(args.model)
     where = parallel.device()
     # CPUs are slow in 16 bits, and GPUs hold what was saved.
