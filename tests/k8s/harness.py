@@ -178,7 +178,8 @@ def credentials(path: Path) -> None:
 def pod_template(path: Path, **main) -> Path:
     """Write the pod template that brings this machine's Python into pods, where the image has none."""
     venv = Path(sys.prefix)
-    mounted = ["/usr", "/lib", "/lib64", sys.base_prefix, str(venv), str(REPO)]
+    # Programs of an environment behind a link name their python by its own path.
+    mounted = ["/usr", "/lib", "/lib64", sys.base_prefix, str(venv), str(venv.resolve()), str(REPO)]
     mounted = sorted({p for p in mounted if not any(p != q and Path(p).is_relative_to(q) for q in mounted)})
     mounted = [] if "K8S_IMAGE" in os.environ else mounted
     mounts = [{"name": f"host-{n}", "mountPath": p, "readOnly": True} for n, p in enumerate(mounted)]
