@@ -145,9 +145,16 @@ def describe(path):
             text += (
                 f" (run as {made.scenarios[0]} says; {others} would run it otherwise)"
             )
-        return text
+        return text + (f", on {machines(made.run)}" if made.run else "")
 
     return message
+
+
+def machines(run):
+    """In words, what a training takes up."""
+    nodes = "one node" if run.nodes == 1 else f"{run.nodes} nodes"
+    gpus = {0: "no GPU", 1: "one GPU"}.get(run.gpus, f"{run.gpus} GPUs")
+    return f"{nodes} with {gpus}{' each' if run.nodes > 1 else ''}"
 
 
 def link_source(path):
