@@ -72,9 +72,11 @@ def test_of_two_processes_the_first_prints_and_the_other_writes_a_file(start, tm
 
 MEETING = """
 import os, torch, torch.distributed as group
+from rlhf import parallel
 group.init_process_group("gloo")
 group.all_reduce(count := torch.ones(1))
 print("met", int(count), "at port", os.environ["MASTER_PORT"])
+parallel.leave()
 """
 
 
