@@ -8,7 +8,8 @@ min_version("9.0")
 include: "rules/common.smk"
 
 
-refuse_unreadable("config.yaml")
+for file in (*workflow.configfiles, "config.yaml"):
+    refuse_unreadable(file)
 
 
 configfile: "config.yaml"

@@ -66,8 +66,6 @@ def refuse_unreadable(path):
 
 def load_plan():
     """The configuration and its plan."""
-    for path in workflow.configfiles:
-        refuse_unreadable(path)
     with one_message():
         settings = configuration.load(config)
         refuse_unusable_volume(settings.pvc)

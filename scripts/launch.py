@@ -96,15 +96,8 @@ def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     several = [
-        "--nnodes",
-        str(nodes),
-        "--node-rank",
-        str(node),
-        "--master-addr",
-        address,
-        "--master-port",
-        port,
-    ]
+        "--nnodes", str(nodes), "--node-rank", str(node), "--master-addr", address, "--master-port", port,
+    ]  # fmt: skip
     meeting = several if nodes > 1 else ["--standalone", "--local-addr", "127.0.0.1"]
     quiet = ",".join(f"{rank}:3" for rank in range(1, processes))
     return [

@@ -25,6 +25,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(". ")
 
 
+def one_line(error: Exception) -> str:
+    """Return all that a library says of an error, as one line."""
+    return " ".join(str(error).split())
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf import families, lora, packing, parallel, sharding
 from rlhf.config import Lora
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, UserError, one_line
 from rlhf.tokens import Packed, Padded
 
 transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
@@ -94,9 +94,7 @@ def _config(path: Path, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise DataError(
-            f"{path / 'config.json'} is not that of a model: {' '.join(str(error).split())}"
-        ) from None
+        raise DataError(f"{path / 'config.json'} is not that of a model: {one_line(error)}") from None
 
 
 def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:

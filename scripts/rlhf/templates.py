@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, one_line
 
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 
@@ -50,7 +50,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # the tokenizers' library raises no other kind
-        raise DataError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"the tokenizer of {path} cannot be read: {one_line(error)}") from None
     if tokenizer.chat_template is None:
         raise DataError(f"the tokenizer of {path} has no chat template")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
