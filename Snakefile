@@ -73,3 +73,4 @@ onsuccess:
 
 onerror:
     sweep_states()
+    tell_failures()

@@ -12,7 +12,14 @@ sys.path.insert(0, str(SCRIPTS))
 
 from snakemake.cli import get_argument_parser
 
-from rlhf import codehash, config as configuration, plan as planning, store, yaml_file
+from rlhf import (
+    codehash,
+    config as configuration,
+    logs,
+    plan as planning,
+    store,
+    yaml_file,
+)
 from rlhf.errors import UserError
 from rlhf.machine import visible_gpus
 
@@ -184,6 +191,23 @@ def refuse_missing_gpus():
                 file=sys.stderr,
             )
             sys.exit(2)
+
+
+def tell_failures():
+    """Say once more, below the long commands that Snakemake prints, what failed on this machine and why.
+
+    A cluster's executor knows more than logs do, and says it itself.
+    """
+    if workflow.executor_plugin.common_settings.non_local_exec:
+        return
+    for failed in workflow.scheduler.failed:
+        for job in getattr(failed, "jobs", [failed]):
+            print(
+                f"failed: {job.message or job.rule.name}",
+                *(f"  {logs.last_words(Path(log))}\n  log: {log}" for log in job.log),
+                sep="\n",
+                file=sys.stderr,
+            )
 
 
 def sweep_states():

@@ -69,7 +69,8 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
             stack.close()  # all or none: two jobs that each hold a part would wait for ever
             print(f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", flush=True)
             time.sleep(GPU_PAUSE)
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+        # Without a GPU DeepSpeed would look for accelerators of ten makers, and warn that there is none.
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(held), **({} if held else {"DS_ACCELERATOR": "cpu"})}
 
 
 def _is_taken(device: str, stack: ExitStack) -> bool:

@@ -64,6 +64,7 @@ class Executor(RemoteExecutor):
         self._watcher = watcher.Watcher(self._gangs, self._site, self._say, self._show)
         self._submitter = Workers("submitter", self._failed)
         self._reaper = Workers("reaper", self._failed)
+        self._causes: dict[Any, str] = {}  # job -> why its last attempt failed
         _hang_up_like_ctrl_c()
 
     def _say(self, text: str) -> None:
@@ -169,6 +170,7 @@ class Executor(RemoteExecutor):
             elif verdict.success:
                 self._finish(info, verdict)
             else:
+                self._causes[info.job] = verdict.sentence
                 self.report_job_error(info, msg=f"{verdict.sentence} ", aux_logs=verdict.logs)
 
     def _finish(self, info: SubmittedJobInfo, verdict: watcher.Verdict) -> None:
@@ -221,6 +223,8 @@ class Executor(RemoteExecutor):
         self._watcher.stop()
         self._reaper.finish(DELETE_S)
         self._gangs.stop()
+        for job in self.workflow.scheduler.failed & self._causes.keys():  # below all logs and commands
+            self._say(f"{jobs.rule_name(job)} failed: {self._causes[job]}")
 
 
 def _hang_up_like_ctrl_c() -> None:

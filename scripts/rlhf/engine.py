@@ -21,7 +21,7 @@ from rlhf import parallel
 from rlhf.batch import BatchPlan
 from rlhf.config import Lora, Optimizer, Run
 from rlhf.ds_config import ds_config, frozen_config
-from rlhf.errors import UserError
+from rlhf.errors import DivergenceError, UserError
 from rlhf.lora import is_adapter
 from rlhf.sharding import is_sharded
 
@@ -191,12 +191,12 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
     undo that. In fp16 DeepSpeed skips a step whose scaled gradient overflows, and lowers the scale.
 
     Raises:
-        FloatingPointError: a loss or the gradient is not finite. No batch is skipped otherwise.
+        DivergenceError: a loss or the gradient is not finite. No batch is skipped otherwise.
     """
     norm, scale = 0.0, _loss_scale(engine)
     for loss in losses:
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {engine.global_steps}")
+            raise _divergence(f"the loss is {loss.item()}", engine)
         engine.backward(loss * engine.world_size * scale, scale_wrt_gas=False)
         if engine.get_global_grad_norm() is None:
             norm = _gradient_norm(engine.module)
@@ -207,8 +207,15 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
         return 0.0
     norm = float(engine.get_global_grad_norm() or norm) / scale
     if overflow or not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm} at step {engine.global_steps}")
+        raise _divergence(f"the gradient's norm is {norm}", engine)
     return norm
+
+
+def _divergence(what: str, engine: Any) -> DivergenceError:
+    return DivergenceError(
+        f"{what} at step {engine.global_steps}: no batch is skipped; lower the learning rate, or train in bf16 or"
+        " fp32"
+    )
 
 
 def _loss_scale(engine: Any) -> float:

@@ -20,6 +20,10 @@ class DataError(UserError):
     """A dataset or an artefact does not hold what it should."""
 
 
+class DivergenceError(UserError):
+    """A training gave a number that is not finite."""
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of what a library says of an error, to stand within a sentence of ours."""
     return str(error).strip().partition("\n")[0].rstrip(". ")

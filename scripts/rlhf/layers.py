@@ -153,8 +153,8 @@ def _sentence(kind: type[BaseModel], name: str, error: Any, merged: Tree, chain:
     """Say what is wrong, with which value, where it came from and what to do."""
     loc = error["loc"]
     fields = {field: _origin(field, chain) for field in _fields(error)}
-    if set(fields.values()) == {"defaults"} and loc and error["type"] != "missing":
-        name = "every scenario"
+    if len(origins := set(fields.values())) == 1 and loc and error["type"] != "missing":
+        name = {"defaults": "every scenario"}.get(origin := origins.pop(), origin.removeprefix("scenarios."))
     if error["type"] == "extra_forbidden":
         siblings = _fields_beside(kind, loc)
         return unknown(f"{name}: {_dotted(loc)}", error["input"], fields[loc], siblings)

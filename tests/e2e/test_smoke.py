@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,19 @@ def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke
     assert "resumed after step" in (smoke.volume / f"logs/rlhf/{new.name}.log").read_text()
     smoke.snakemake(ACTOR)
     assert smoke.artefact("smoke/rlhf/actor") == old
+
+
+def test_a_training_that_diverges_ends_in_a_sentence_that_stands_below_everything_else(smoke):
+    config = "scenarios: {wild: {base: smoke, sft: {steps: 20, optimizer: {learning_rate: 1.0e+9}}}}"
+    run = smoke.snakemake("results/wild/sft/actor", config=config, check=False)
+    assert (run.returncode, "Traceback" in run.stderr) == (1, False)
+    what, why, log = run.stderr[run.stderr.rindex("failed: ") :].splitlines()[:3]
+    assert what.startswith("failed: Step 1: supervised fine-tuning of builtin/opt-2x64-bpe1024 for wild")
+    assert re.fullmatch(
+        r"  error: the (loss|gradient's norm) is (nan|inf) at step \d+: .*learning rate.*", why
+    )
+    assert why.strip() in (smoke.volume / log.removeprefix("  log: ")).read_text()
+    assert "Error in rule" not in run.stderr[run.stderr.rindex(log) :]
 
 
 def test_what_a_training_publishes_after_snakemake_was_killed_is_taken_as_it_is(smoke):

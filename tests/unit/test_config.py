@@ -114,11 +114,19 @@ def test_a_misspelt_key_of_the_file_itself_is_told():
     )
 
 
-def test_the_origin_is_the_layer_that_wrote_the_value():
+def test_a_mistake_is_that_of_the_layer_that_wrote_the_value_and_is_told_once():
     tree = written(low={"sft": {"eval_rows": 0}}, high={"base": "low"})
-    lines = mistakes(tree)
-    assert [line.split(": ")[0] for line in lines] == ["low", "high"]
-    assert all("sft.eval_rows = 0 (from scenarios.low): " in line for line in lines)
+    assert [line.split(": ")[:2] for line in mistakes(tree)] == [
+        ["low", "sft.eval_rows = 0 (from scenarios.low)"]
+    ]
+
+
+def test_values_of_two_layers_that_do_not_go_together_are_the_scenarios_mistake():
+    low, high = {"rlhf": {"kl_target": 5.0}}, {"base": "low", "rlhf": {"kl_coef": 0}}
+    (line,) = mistakes(written(low=low, high=high))
+    assert line.startswith(
+        "high: rlhf.kl_target = 5.0 (from scenarios.low), rlhf.kl_coef = 0 (from scenarios.high)"
+    )
 
 
 def test_the_origin_of_a_bad_default_is_defaults():

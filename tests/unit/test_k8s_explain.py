@@ -254,8 +254,12 @@ def test_a_step_with_a_number_that_is_not_finite_may_have_been_survived():
     for text in (tail, tail + launcher):
         cause = explain.explain(Case(failed_job(), [pod(code=1)], tails={0: text}))
         assert (cause.reason, cause.evidence) == ("exit-code", "KeyError: 'labels'")
-    ours = "FloatingPointError: the loss is nan at step 12\n" + launcher
-    assert explain.explain(Case(failed_job(), [pod(code=1)], tails={0: ours})).reason == "nan"
+    for ended in (
+        "error: the loss is nan at step 12: no batch is skipped",
+        "FloatingPointError: loss is nan",
+    ):
+        text = f"{ended}\n{launcher}"
+        assert explain.explain(Case(failed_job(), [pod(code=1)], tails={0: text})).reason == "nan"
 
 
 def test_an_error_is_found_behind_the_rank_that_torch_writes_before_it():

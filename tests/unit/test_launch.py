@@ -175,4 +175,4 @@ def test_more_gpus_than_there_are_is_an_error_and_none_gives_none(gpus):
     with pytest.raises(SystemExit, match="3 GPUs are asked for, this machine has 2"), launch._gpus(3):
         pass
     with launch._gpus(0) as none:
-        assert none == {"CUDA_VISIBLE_DEVICES": ""}
+        assert none == {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
