@@ -200,6 +200,8 @@ def tell_failures():
     """
     if workflow.executor_plugin.common_settings.non_local_exec:
         return
+    if not workflow.scheduler.failed:  # Ctrl-C
+        print("stopped: the same command goes on from what is saved", file=sys.stderr)
     for failed in workflow.scheduler.failed:
         for job in getattr(failed, "jobs", [failed]):
             print(

@@ -39,7 +39,8 @@ def main() -> None:
     with stage.publish(args) as draft:
         draft.provenance["source"] = fetched.source
         for name in fetched.names:
-            store.link_or_copy(fetched.path / name, draft.path / "files" / name)
+            store.take(fetched.path / name, draft.path / "files" / name, fetched.ours)
+        fetched.refuse_change()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def main() -> None:
         chat_tokenizer.bring(fetched.path, draft.path)
         for path in fetched.path.iterdir():
             if any(fnmatch(path.name, p) for p in CARDS):
-                store.link_or_copy(path, draft.path / path.name)
+                store.take(path, draft.path / path.name, fetched.ours)
+        fetched.refuse_change()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
     elif args.command == "adopt":
         print("\n".join(volume.adopt(args.name)))
     elif args.command == "gc":
-        collect(volume, args.yes)
+        collect(volume, args.yes, args.configfile)
     else:
         verify(volume, args.name)
 
@@ -67,11 +67,18 @@ def tree_of(more: Path | None) -> dict[str, Any]:
     return tree
 
 
-def collect(volume: upkeep.Volume, yes: bool) -> None:
-    """Show what no result names; remove it if the user agrees."""
+def collect(volume: upkeep.Volume, yes: bool, more: Path | None) -> None:
+    """Show what no result names and no scenario that was read asks for; remove it if the user agrees."""
     unused = volume.unused()
+    if unused:
+        read = (
+            f"config.yaml and {more}"
+            if more
+            else "config.yaml; --configfile FILE reads those of another file too"
+        )
+        print(f"No result names these, and no scenario asks for them (scenarios of {read}):")
     for path in unused:
-        print(f"{upkeep.human(upkeep.size(path)):>9}  {path}")
+        print(volume.describe(path))
     if not unused:
         print("every artefact is named by a result, or part of one that is")
     elif yes or (sys.stdin.isatty() and input(f"remove these {len(unused)}? [y/N] ").lower() == "y"):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,9 @@ class Executor(RemoteExecutor):
         try:
             yield
         except (SpecError, Foreign) as error:
-            self.report_job_error(info, msg=f"{error}. ")
+            self._report_failure(info, f"{error}.")
         except ApiError as error:
-            self.report_job_error(info, msg=f"The cluster refuses {jobs.rule_name(info.job)}: {error}. ")
+            self._report_failure(info, f"The cluster refuses {jobs.rule_name(info.job)}: {error}.")
 
     def _submit(self, info: SubmittedJobInfo, spec: GangSpec) -> None:
         """In a thread of the submitter: requests take a while, and a gang that is replaced must end first."""
@@ -170,8 +170,11 @@ class Executor(RemoteExecutor):
             elif verdict.success:
                 self._finish(info, verdict)
             else:
-                self._causes[info.job] = verdict.sentence
-                self.report_job_error(info, msg=f"{verdict.sentence} ", aux_logs=verdict.logs)
+                self._report_failure(info, verdict.sentence, verdict.logs)
+
+    def _report_failure(self, info: SubmittedJobInfo, cause: str, logs: Sequence[str] = ()) -> None:
+        self._causes[info.job] = cause
+        self.report_job_error(info, msg=f"{cause} ", aux_logs=list(logs))
 
     def _finish(self, info: SubmittedJobInfo, verdict: watcher.Verdict) -> None:
         if jobs.is_direct(info.job):

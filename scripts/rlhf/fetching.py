@@ -33,6 +33,11 @@ class Fetched:
     ours: bool
     source: dict[str, Any]
 
+    def refuse_change(self) -> None:
+        """Raise UserError if the user's files are no longer those that the plan saw."""
+        if not self.ours and store.fingerprint(Path(self.source["path"])) != self.source["fingerprint"]:
+            raise UserError(f"{self.source['path']} has changed since the run was planned: start it again")
+
 
 def fetch(
     kind: str, args: Arguments, choose: Choice, have: Callable[[str], bool] = lambda _: False
@@ -65,8 +70,6 @@ def _local(name: str, fingerprint: str, choose: Choice) -> Fetched:
     path = Path(name)
     if not path.exists():
         raise UserError(f"{name} does not exist on the volume ({Path.cwd()}): correct it in config.yaml")
-    if store.fingerprint(path) != fingerprint:
-        raise UserError(f"{name} has changed since the run was planned: start it again")
     folder = path if path.is_dir() else path.parent
     files = [
         p.relative_to(folder) for p in sorted(path.rglob("*") if path.is_dir() else [path]) if p.is_file()
@@ -77,7 +80,9 @@ def _local(name: str, fingerprint: str, choose: Choice) -> Fetched:
         raise UserError(f"{name}: {error}") from None
     for file in chosen:
         _refuse_pointer(folder / file)
-    return Fetched(folder, chosen, False, {"path": name, "fingerprint": fingerprint})
+    fetched = Fetched(folder, chosen, False, {"path": name, "fingerprint": fingerprint})
+    fetched.refuse_change()
+    return fetched
 
 
 def _refuse_pointer(path: Path) -> None:

@@ -92,9 +92,12 @@ def _load(
 
 def _config(path: Path, **options: Any) -> Any:
     try:
-        return AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(f"{path / 'config.json'} is not that of a model: {one_line(error)}") from None
+    if not isinstance(kinds := config.architectures, list | None):
+        raise DataError(f"{path / 'config.json'}: architectures = {kinds!r}: should be a list of names")
+    return config
 
 
 def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Volume:
         wanted = name.rstrip("/")
         if wanted in self.plan.results:
             return Path(self.plan.artefact_of(wanted).path)
+        if (self.root / wanted).is_symlink() and (linked := self._artefact_of(self.root / wanted)):
+            return linked  # of a scenario that this configuration does not have
         known = {*map(str, self.present()), *self.plan.artefacts}
         meant = sorted(path for path in known if path == wanted or path.endswith(wanted))
         if len(meant) == 1:
@@ -192,6 +194,14 @@ class Volume:
         drafts = [(p.parent / p.name[1:].removesuffix(".partial"), p) for place in PLACES
                   for p in self.root.glob(place.removesuffix("*") + ".*.partial")]  # fmt: skip
         return sorted(downloads + states + drafts)
+
+    def describe(self, path: Path) -> str:
+        """Return a line of what may go: size, path, and how far unfinished work has come."""
+        steps = [
+            int(step.name.removeprefix("step-")) for step in path.glob("step-*") if step.name[5:].isdigit()
+        ]
+        state = f"  an unfinished training, saved at step {max(steps)}" if steps else ""
+        return f"{human(size(path)):>9}  {path}{state}"
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove directories."""

@@ -94,7 +94,7 @@ def bring(source: Path, out: Path, work: Path, ours: bool) -> None:
 
     Args:
         work: where converted shards lie until they are published; they outlive the process.
-        ours: pickles in `source` go as soon as they are converted.
+        ours: `source` may be used up: pickles go as soon as they are converted, weights are linked.
 
     Raises:
         DataError: they do not fit the configuration.
@@ -111,7 +111,7 @@ def bring(source: Path, out: Path, work: Path, ours: bool) -> None:
         shards = [source / name for name in chosen]
     conversion.check(shards)
     for shard in shards:
-        store.link_or_copy(shard, out / shard.name)
+        store.take(shard, out / shard.name, ours or shard.parent == work)
     _write_index(shards, out)
 
 

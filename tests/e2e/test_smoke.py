@@ -241,6 +241,18 @@ def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke
     assert smoke.artefact("smoke/rlhf/actor") == old
 
 
+def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(smoke):
+    config = "scenarios: {stopped: {base: smoke, sft: {eval_rows: 2047, run: {save_steps: 20}}}}"
+    command = smoke.command("results/stopped/sft/actor", config=config)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=smoke.project, start_new_session=True, **quiet)
+    wait_for(lambda: list(smoke.volume.glob("work/sft/*/step-*[0-9]")))
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert (process.returncode, "Traceback" in said) == (1, False)
+    assert said.rindex("stopped: the same command goes on from what is saved") > said.rindex("Error in rule")
+
+
 def test_a_training_that_diverges_ends_in_a_sentence_that_stands_below_everything_else(smoke):
     config = "scenarios: {wild: {base: smoke, sft: {steps: 20, optimizer: {learning_rate: 1.0e+9}}}}"
     run = smoke.snakemake("results/wild/sft/actor", config=config, check=False)

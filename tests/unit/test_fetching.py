@@ -62,3 +62,13 @@ def test_rows_that_are_a_pointer_of_git_lfs_are_refused_and_a_single_file_is_row
         fetch("dataset", tmp_path / "rows.parquet", tmp_path)
     shutil.copy(Path(__file__).parents[1] / "data/rm-static.json", tmp_path / "rows.json")
     assert fetch("dataset", tmp_path / "rows.json", tmp_path).names == ["rows.json"]
+
+
+def test_a_file_that_changes_while_it_is_brought_is_refused(tmp_path):
+    shutil.copy(Path(__file__).parents[1] / "data/rm-static.json", tmp_path / "rows.json")
+    fetched = fetch("dataset", tmp_path / "rows.json", tmp_path)
+    fetched.refuse_change()
+    with (tmp_path / "rows.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"rows\.json has changed since the run was planned: start it again"):
+        fetched.refuse_change()

@@ -126,3 +126,14 @@ def test_every_part_of_a_key_counts():
     }
     assert len(keys) == 6
     assert all(len(key) == 12 for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "linked"), [(0o644, False, False), (0o444, False, True), (0o644, True, True)]
+)
+def test_what_a_user_may_still_write_to_is_copied(tmp_path, mode, ours, linked):
+    source, taken = tmp_path / "rows.jsonl", tmp_path / "out/files/rows.jsonl"
+    source.write_text("one")
+    source.chmod(mode)
+    store.take(source, taken, ours)
+    assert (taken.read_text(), taken.samefile(source)) == ("one", linked)

@@ -51,6 +51,18 @@ def test_work_that_a_process_holds_stays(volume):
     assert set(works) < set(volume.unused())
 
 
+def test_work_left_behind_says_how_far_it_has_come(volume):
+    for step in ("step-000100", "step-000250", "step-000300.partial"):
+        Path("work/sft/left", step).mkdir(parents=True)
+    (work,) = [path for path in volume.unused() if path.parts[0] == "work"]
+    assert volume.describe(work).endswith("work/sft/left  an unfinished training, saved at step 250")
+    assert volume.describe(Path("store/sft/idle-2")).endswith("store/sft/idle-2")
+
+
+def test_a_result_of_a_scenario_that_was_not_read_leads_to_its_artefact(volume):
+    assert volume.find("results/x/actor") == Path("store/sft/used-1")
+
+
 def test_an_artefact_whose_parent_was_removed_by_hand_stays_in_use(volume):
     shutil.rmtree("datasets/a/b@1")
     assert volume.unused() == [Path("store/sft/idle-2")]
