@@ -52,7 +52,7 @@ def unknown_model(name: str) -> str | None:
         return _misspelt(name)
     shape = OPT_SHAPE.fullmatch(name)
     if shape is None:
-        return "built-in models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}"
+        return "no such built-in model; there are builtin/opt-{layers}x{hidden}-bpe{vocabulary}"
     if int(shape["hidden"]) % HEAD_SIZE or not int(shape["hidden"]) or not int(shape["layers"]):
         return f"needs at least one layer and a hidden size that is a multiple of {HEAD_SIZE}"
     if int(shape["vocabulary"]) < MIN_VOCABULARY:
@@ -64,7 +64,11 @@ def unknown_dataset(name: str) -> str | None:
     """Return why there is no such dataset, or None if there may be."""
     if kind(name) != "builtin":
         return _misspelt(name)
-    return None if name in BUILTIN_DATASETS else f"built-in datasets: {', '.join(BUILTIN_DATASETS)}"
+    return (
+        None
+        if name in BUILTIN_DATASETS
+        else f"no such built-in dataset; there are {', '.join(BUILTIN_DATASETS)}"
+    )
 
 
 def _misspelt(name: str) -> str | None:

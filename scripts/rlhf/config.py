@@ -352,7 +352,9 @@ def load(tree: Tree) -> Config:
         errors.append(f"defaults = {tree['defaults']!r} (from config.yaml): should be a mapping")
         raise ConfigError(listing(errors))
     if not isinstance(overrides, dict) or not overrides:
-        errors.append(f"scenarios = {overrides!r}: needs at least one named scenario")
+        errors.append(
+            f"scenarios = {overrides!r}: should be a mapping with at least one scenario, as `my-run: {{base: tiny}}`"
+        )
         raise ConfigError(listing(errors))
     scenarios: dict[str, Tree] = {}
     for name in overrides:
@@ -377,7 +379,7 @@ def load(tree: Tree) -> Config:
 
 def _odd_top(tree: Tree) -> list[str]:
     """Return what is wrong beside `defaults` and `scenarios`."""
-    known, origin = ["pvc", "offline", "defaults", "scenarios"], "config.yaml or --config"
+    known, origin = ["pvc", "offline", "defaults", "scenarios"], "config.yaml, --configfile or --config"
     errors = [unknown(str(key), tree[key], origin, known) for key in tree.keys() - set(known)]
     if not isinstance(tree.get("pvc", "."), str) or not tree.get("pvc", "."):
         errors.append(f"pvc = {tree['pvc']!r} (from {origin}): should be the path of a directory")

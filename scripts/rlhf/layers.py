@@ -167,12 +167,14 @@ def _sentence(kind: type[BaseModel], name: str, error: Any, merged: Tree, chain:
             for origin, group in itertools.groupby(fields, key=fields.__getitem__)
         )
         return f"{name}: {values}: {error['msg']}"
-    return f"{name}: {_dotted(loc)}{_wrong_value(kind, error, fields[loc])}"
+    return f"{name}: {_dotted(loc).removesuffix('.[key]')}{_wrong_value(kind, error, fields[loc])}"
 
 
 def _wrong_value(kind: type[BaseModel], error: Any, origin: str) -> str:
     """Say which value a field has, and what it should be."""
     loc, words, own = error["loc"], _words(kind, error), error["type"] == "value_error"
+    if loc[-1] == "[key]":  # pydantic's mark of a mapping's wrong name, which has been told
+        return f" (from {origin}): {words}"
     if own and isinstance(error["input"], dict):  # a check of a whole section: its message names the values
         return f" (from {origin}): {words}"
     # An item of a list is told with the list's meaning, but for our own checks, which say all.
@@ -189,7 +191,7 @@ def _words(kind: type[BaseModel], error: Any) -> str:
 
 
 def unknown(field: str, value: object, origin: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(field.rsplit(".", 1)[-1], known, n=1)
+    close = difflib.get_close_matches(re.split(r"[. ]", field)[-1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
     return f"{field} = {value!r} (from {origin}): no such field; {hint}"
 

@@ -108,9 +108,19 @@ def test_a_field_like_no_other_is_answered_with_those_there_are():
     )
 
 
+def test_a_misspelt_section_is_told_with_the_one_that_was_meant():
+    assert the_mistake(a={"rlfh": {}}).endswith("no such field; did you mean rlhf?")
+
+
+def test_a_wrong_name_within_a_mapping_is_told_as_a_name():
+    assert the_mistake(a={"data": {"shares": {"ppo": 1}}}) == (
+        "a: data.shares.ppo (from scenarios.a): should be 'sft', 'reward' or 'rlhf'"
+    )
+
+
 def test_a_misspelt_key_of_the_file_itself_is_told():
     assert mistakes(written(a={"seed": -1}) | {"scenario": 1})[0] == (
-        "scenario = 1 (from config.yaml or --config): no such field; did you mean scenarios?"
+        "scenario = 1 (from config.yaml, --configfile or --config): no such field; did you mean scenarios?"
     )
 
 
@@ -205,10 +215,6 @@ def test_a_value_that_is_missing_everywhere_is_named_with_its_meaning():
     assert mistakes(tree) == [
         "a: rlhf.clip_range is missing: set it in defaults or in the scenario (of the policy ratio)"
     ]
-
-
-def test_no_scenario_at_all_is_a_mistake():
-    assert mistakes(written()) == ["scenarios = {}: needs at least one named scenario"]
 
 
 def test_bases_that_go_round_are_told_with_the_way_they_go():

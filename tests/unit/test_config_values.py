@@ -12,6 +12,13 @@ from rlhf import catalog, config
 from rlhf.errors import ConfigError
 
 
+@pytest.mark.parametrize("value", [["my"], "my", {}, None])
+def test_scenarios_are_a_mapping_of_at_least_one(value):
+    assert mistakes(written() | {"scenarios": value}) == [
+        f"scenarios = {value!r}: should be a mapping with at least one scenario, as `my-run: {{base: tiny}}`"
+    ]
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_a_boolean_is_no_number(value):
     assert the_mistake(a={"seed": value}) == (
@@ -70,7 +77,7 @@ def test_a_rollout_that_does_not_divide_into_mini_batches_is_told():
     ("name", "why"),
     [
         ("opt-3x96", "should be organisation/name on the Hub, or a path on the volume"),
-        ("builtin/gpt", "built-in models: builtin/opt-{layers}x{hidden}-bpe{vocabulary}"),
+        ("builtin/gpt", "no such built-in model; there are builtin/opt-{layers}x{hidden}-bpe{vocabulary}"),
         ("builtin/opt-3x95-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
         ("builtin/opt-0x96-bpe1024", "needs at least one layer and a hidden size that is a multiple of 32"),
         ("builtin/opt-3x96-bpe10", "needs a vocabulary of at least 300"),
@@ -122,7 +129,7 @@ def test_two_built_in_tokenizers_are_told_before_anything_trains():
 
 def test_an_unknown_dataset_is_told_with_what_there_is():
     assert the_mistake(a={"sft": {"datasets": ["builtin/chitchat", "builtin/chat"]}}).endswith(
-        "builtin/chat: built-in datasets: builtin/chitchat, builtin/chitchat-pairs"
+        "builtin/chat: no such built-in dataset; there are builtin/chitchat, builtin/chitchat-pairs"
     )
 
 
@@ -253,7 +260,10 @@ def test_a_name_that_makes_no_directory_is_refused(name):
     ("change", "said"),
     [
         ({"defaults": [1]}, "defaults = [1] (from config.yaml): should be a mapping"),
-        ({"pvc": 3}, "pvc = 3 (from config.yaml or --config): should be the path of a directory"),
+        (
+            {"pvc": 3},
+            "pvc = 3 (from config.yaml, --configfile or --config): should be the path of a directory",
+        ),
         ({"scenarios": {1: {}}}, "scenarios.1: a scenario's name is"),
         ({"scenarios": {"a": {1: 2, "seed": -1}}}, "a: 1 = 1 (from scenarios.a): Keys should be strings"),
         ({"scenarios": {"a": {"data": {"shares": {1: 2}}, "seed": -1}}}, "a: data.shares.1"),
