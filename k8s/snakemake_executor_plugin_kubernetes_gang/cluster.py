@@ -84,7 +84,7 @@ class Cluster:
             active = next((found for found in contexts if found["name"] == self._context), active)
         except config.ConfigException as error:
             raise Unreachable(
-                f"no access to a cluster: {error}. Set KUBECONFIG, or run where a ServiceAccount is mounted."
+                f"no access to a cluster: {str(error).rstrip('.')}. Set KUBECONFIG, or run where a ServiceAccount is mounted."
             ) from error
         return client.ApiClient(settings), (active or {}).get("context", {}).get("namespace") or "default"
 

@@ -214,6 +214,11 @@ def test_a_pod_that_cannot_live_here_is_told_in_a_sentence(said, name):
     assert re.search(ELSEWHERE[name], said[name]), said[name]
 
 
+def test_the_sentence_stands_once_more_below_everything_that_snakemake_prints(said):
+    end = said["secret"][said["secret"].rindex("Error in rule one") :]
+    assert re.search(r"^kubernetes-gang: one failed: " + ELSEWHERE["secret"] + "$", end, re.M), end
+
+
 @pytest.mark.parametrize(("rule", "ranks"), [("rank", 2), ("first", 3)])
 def test_after_a_failure_every_ranks_last_words_are_on_the_volume(said, rule, ranks):
     """Also those of ranks whose pods the Job has deleted because another had failed."""
