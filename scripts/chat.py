@@ -21,6 +21,7 @@ from rlhf import parallel
 from rlhf.errors import UserError, run_main
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.models import load_actor
+from rlhf.streams import Purpose
 from rlhf.templates import load_tokenizer, prompt_texts
 from rlhf.terminal import printable
 from rlhf.tokens import pad
@@ -96,7 +97,7 @@ def answer(
         text = prompt_texts(tokenizer, [turns[start:]])[0]
         ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
         if len(ids) <= room:
-            noise = uniforms(seed, 0, [0], sampling.max_new_tokens)
+            noise = uniforms(seed, Purpose.CHAT, [0], sampling.max_new_tokens)
             made = generate(model, pad([ids], sampling.pad_id, side="left").to(model.device), sampling, noise)
             return str(tokenizer.decode(made.responses[0], skip_special_tokens=True)).strip()
     raise UserError(

@@ -16,9 +16,10 @@ from rlhf.config import Eval, RlhfRun
 from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
-from rlhf.rollout import EVALUATION, sample
+from rlhf.rollout import sample
 from rlhf.rows import Rows
 from rlhf.sharding import generator
+from rlhf.streams import Purpose
 from rlhf.terminal import printable
 
 SHOWN = 12  # prompts in the table
@@ -50,7 +51,7 @@ def compare(
     ]
     for when, model in (("before", reference), ("after", actor)):
         copy = generator(bare(model), parallel.group(run.inference_tp_size))
-        made = list(sample(copy, asked, sampling, config.seed, EVALUATION, 0, run))
+        made = list(sample(copy, asked, sampling, config.seed, Purpose.EVALUATION, 0, run))
         del copy
         mine = [row for part in made for row in _looked_at(part, model, reference, reward, tokenizer, config)]
         for row, seen in zip(rows, parallel.gathered(mine)[:count], strict=True):

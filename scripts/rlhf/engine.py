@@ -61,9 +61,14 @@ def start(run: Run, dtype: str = "fp32") -> None:
     """Join the other processes; fix what decides the last bits. `launch.py` set the ranks.
 
     Raises:
-        UserError: the device cannot train in `dtype`, or there are more or fewer processes than the
-            configuration says.
+        UserError: there is no GPU though the configuration asks for one, the device cannot train in `dtype`,
+            or there are more or fewer processes than the configuration says.
     """
+    if run.gpus and get_accelerator().device_name() == "cpu":
+        raise UserError(
+            f"run.gpus = {run.gpus}, but torch {torch.__version__} sees no GPU: install torch's CUDA build and a"
+            " driver that fits it, or set gpus: 0"
+        )
     if not getattr(get_accelerator(), f"is_{dtype}_supported", lambda: True)():
         raise UserError(
             f"dtype = {dtype}: DeepSpeed cannot train in it on {get_accelerator().device_name()};"

@@ -17,6 +17,7 @@ from transformers import StaticCache
 
 from rlhf.models import evaluating
 from rlhf.parallel import Group, agreed, group
+from rlhf.streams import Purpose, rng
 from rlhf.tokens import Padded
 
 
@@ -49,14 +50,13 @@ class Generated:
         return Generated(batch, self.response_mask[chosen], self.ended[chosen])
 
 
-def uniforms(seed: int, purpose: int, samples: Any, length: int) -> Tensor:
+def uniforms(seed: int, purpose: Purpose, samples: Any, length: int) -> Tensor:
     """Return (B, length) float64 in [0, 1): a sample's row depends on its number alone.
 
     Args:
-        purpose: keeps streams apart that share a seed.
         samples: (B,) number of each sample in the whole training.
     """
-    rows = [np.random.default_rng([seed, purpose, int(s)]).random(length) for s in samples]
+    rows = [rng(seed, purpose, int(s)).random(length) for s in samples]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -12,12 +12,14 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.streams import Purpose, rng
+
 Indices = NDArray[np.int64]
 
 
 @lru_cache(maxsize=2)
 def _pass(rows: int, seed: int, epoch: int) -> Indices:
-    return np.random.default_rng([seed, 1, epoch]).permutation(rows)
+    return rng(seed, Purpose.PASS, epoch).permutation(rows)
 
 
 def stream(rows: int, seed: int, start: int, count: int) -> Indices:
@@ -28,17 +30,25 @@ def stream(rows: int, seed: int, start: int, count: int) -> Indices:
     return np.concatenate(parts)
 
 
-def batch(lengths: NDArray[np.int64], size: int, step: int, seed: int, window: int = 32) -> Indices:
+def batch(
+    lengths: NDArray[np.int64], size: int, step: int, steps: int, seed: int, window: int = 32
+) -> Indices:
     """Return the rows of one batch, sorted by length.
+
+    All batches together hold the first `steps` * `size` rows of the stream: a pass sees each row once.
 
     Args:
         lengths: (N,) tokens of every row.
         size: rows of a batch.
         step: which batch, from 0.
-        window: batches within which rows are grouped by length; 1 leaves them as they come.
+        steps: batches of the whole training.
+        window: batches within which rows are grouped by length, at most; 1 leaves them as they come. No more
+            than a pass has, lest copies of a row lie side by side.
     """
+    window = min(window, max(1, len(lengths) // size))
     which = step // window
-    rows = stream(len(lengths), seed, which * window * size, window * size)
+    batches = min(window, steps - which * window)
+    rows = stream(len(lengths), seed, which * window * size, batches * size)
     rows = rows[np.argsort(lengths[rows], kind="stable")]
-    turn = np.random.default_rng([seed, 2, which]).permutation(window)[step % window]
+    turn = rng(seed, Purpose.WINDOW, which).permutation(batches)[step % window]
     return rows[turn * size : (turn + 1) * size]

@@ -32,6 +32,7 @@ from rlhf.ptx import Ptx
 from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
 from rlhf.state import State
+from rlhf.streams import Purpose, rng, torch_rng
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def train(
         first = iteration * config.rollout_batch_size
         chosen = order.stream(len(prompts), seed, first, config.rollout_batch_size)
         asked = [prompts[int(i)][0] for i in chosen]
-        seen = rollout.roll_out(models, asked, sampling, seed, rollout.ROLLOUT, first, run)
+        seen = rollout.roll_out(models, asked, sampling, seed, Purpose.ROLLOUT, first, run)
         # 2. Rewards and advantages.
-        targets, values = _targets(seen, config, control, np.random.default_rng([seed, 3, iteration]))
+        targets, values = _targets(seen, config, control, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
         # 3. Several optimizer steps on both models.
-        values |= _update(learner, seen, targets, iteration, [seed, 4, iteration])
+        values |= _update(learner, seen, targets, iteration, seed)
         # 4. Controller, metrics, state.
         if config.kl_target is not None:
             control.kl_coef = ppo_math.next_kl_coef(
@@ -120,14 +121,15 @@ def _learner(
     ptx = None
     if config.ptx_coef is not None:
         rows = Rows(data["ptx"] / "train")
-        ptx = Ptx(rows, config.ptx_coef, pad_id, seed, size, run.micro_batch_size)
+        ptx = Ptx(rows, config.ptx_coef, pad_id, seed, size, steps, run.micro_batch_size)
     # With PTX an optimizer step of the actor has as many micro-batches again.
     both = batch if ptx is None else replace(
         batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps
     )  # fmt: skip
-    for model, adapters in ((models.actor, config.actor_lora), (models.critic, config.critic_lora)):
-        if adapters:
-            lora.add(model, adapters, seed)
+    if config.actor_lora:
+        lora.add(models.actor, config.actor_lora, torch_rng(seed, Purpose.LORA))
+    if config.critic_lora:
+        lora.add(models.critic, config.critic_lora, torch_rng(seed, Purpose.CRITIC_LORA))
     dtype, offloads, reference = config.dtype, "reference" in run.offload, models.reference
     engines = Models(
         engine.initialise(models.actor, config.actor, config.actor_lora, both, dtype, steps, run),
@@ -149,7 +151,7 @@ def _calibrate(models: Models, config: Rlhf, sampling: Sampling, seed: int, prom
     raw = []
     for part in rollout.micro_batches(config.reward_samples, config.rollout_batch_size):
         rows = [prompts[int(i)][0] for i in chosen[part]]
-        purpose = rollout.CALIBRATION
+        purpose = Purpose.CALIBRATION
         raw.append(rollout.roll_out(models, rows, sampling, seed, purpose, part.start, config.run).scores)
     scores = torch.cat(raw)
     if not scores.std() > 0:
@@ -186,13 +188,14 @@ def _targets(
     return Targets(ppo_math.whiten(advantages, mask), returns), _floats(values)
 
 
-def _update(learner: Learner, seen: Rollout, targets: Targets, iteration: int, seed: list[int]) -> Values:
+def _update(learner: Learner, seen: Rollout, targets: Targets, iteration: int, seed: int) -> Values:
     """Pass `ppo_epochs` times over a rollout in shuffled mini-batches; return mean metrics."""
     config = learner.config
     size = exact_div(len(seen.ended), config.mini_batches, "mini-batches of a rollout")
     history: list[Values] = []
     for epoch in range(config.ppo_epochs):
-        shuffled = torch.from_numpy(np.random.default_rng([*seed, epoch]).permutation(len(seen.ended)))
+        noise = rng(seed, Purpose.MINI_BATCHES, iteration, epoch)
+        shuffled = torch.from_numpy(noise.permutation(len(seen.ended)))
         for part in rollout.micro_batches(len(shuffled), size):
             number = iteration * config.ppo_epochs * config.mini_batches + len(history)
             history.append(_step(learner, seen, targets, shuffled[part].to(seen.ended.device), number))

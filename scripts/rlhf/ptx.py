@@ -20,13 +20,14 @@ from rlhf.rows import Rows
 
 @dataclass(frozen=True)
 class Ptx:
-    """Rows of step 1, `size` of them per optimizer step, in micro-batches."""
+    """Rows of step 1, `size` of them in each of `steps` optimizer steps, in micro-batches."""
 
     rows: Rows
     coef: float
     pad_id: int
     seed: int
     size: int
+    steps: int
     micro_batch_size: int
 
     def losses(self, actor: Any, step: int, metrics: list[Values]) -> Iterator[Tensor]:
@@ -37,9 +38,8 @@ class Ptx:
             metrics: gets each part of `ptx_loss`, without the coefficient.
         """
         task = sft.task(self.pad_id)
-        chosen = [
-            self.rows[int(i)] for i in order.batch(self.rows.tokens_per_row, self.size, step, self.seed)
-        ]
+        lengths = self.rows.tokens_per_row
+        chosen = [self.rows[int(i)] for i in order.batch(lengths, self.size, step, self.steps, self.seed)]
         tokens = task.terms(chosen)
         for start in own(range(0, self.size, self.micro_batch_size)):
             rows = chosen[start : start + self.micro_batch_size]

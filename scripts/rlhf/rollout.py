@@ -23,9 +23,8 @@ from rlhf.lora import off
 from rlhf.models import evaluating, response_logprobs, scores, token_values
 from rlhf.parallel import Group
 from rlhf.sharding import generator
+from rlhf.streams import Purpose
 from rlhf.tokens import Ids, Padded, pad
-
-ROLLOUT, CALIBRATION, EVALUATION = 1, 2, 3  # purposes: each has its own stream of noise
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Models:
 
 
 def reply(
-    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, numbers: Sequence[int],
+    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: Purpose, numbers: Sequence[int],
     together: Group | None = None,
 ) -> Generated:  # fmt: skip
     """Sample one reply of a bare model to each prompt, which has a sample number each.
@@ -91,7 +90,13 @@ def reply(
 
 
 def sample(
-    actor: Any, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int, run: RlhfRun
+    actor: Any,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    seed: int,
+    purpose: Purpose,
+    first: int,
+    run: RlhfRun,
 ) -> Iterator[Generated]:
     """Yield this process's share of the replies to all prompts; a group computes its shares together.
 
@@ -110,7 +115,7 @@ def sample(
 
 
 def roll_out(
-    models: Models, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: int, first: int,
+    models: Models, prompts: Sequence[Ids], sampling: Sampling, seed: int, purpose: Purpose, first: int,
     run: RlhfRun,
 ) -> Rollout:  # fmt: skip
     """Return the rollout over `prompts`, the whole of it in every process; each samples a part.

@@ -17,6 +17,7 @@ from rlhf.models import evaluating
 from rlhf.progress import progress
 from rlhf.rows import Ids, Rows
 from rlhf.state import State
+from rlhf.streams import Purpose, torch_rng
 from rlhf.tokens import Packed, Padded
 
 Batch = Sequence[list[Ids]]
@@ -28,7 +29,7 @@ class Task:
 
     `loss(model, rows)` is a sum over `terms(rows)` terms; their mean over a whole batch is trained.
     `measure(model, rows)` returns sums over held-out rows, by the names in `sums`; `figures(sums)`
-    makes of all rows' sums what is told. Both get rows packed to `pack_width` tokens, or padded without it.
+    turns the totals over all rows into the reported metrics. Both get rows packed to `pack_width` tokens, or padded without it.
     """
 
     name: str
@@ -54,7 +55,7 @@ def train(
     rows, held_out = Rows(data / "train"), Rows(data / "eval")
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     if config.lora:
-        lora.add(model, config.lora, seed)
+        lora.add(model, config.lora, torch_rng(seed, Purpose.LORA))
     if task.pack_width is not None:
         packing.choose(model, config.dtype)
     trained = engine.initialise(model, config.optimizer, config.lora, batch, config.dtype, steps, run)
@@ -62,7 +63,7 @@ def train(
     done, _ = state.load() or (0, {})
     metrics, lengths = Metrics(work, board, done), rows.tokens_per_row
     for step in (bar := progress(range(done, steps), task.name, unit="step", start=done, total=steps)):
-        chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, seed)]
+        chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, steps, seed)]
         values = _step(task, trained, chosen, batch.micro_batch_size)
         metrics.log(step + 1, values)
         if (step + 1) % run.log_steps == 0:
@@ -71,7 +72,7 @@ def train(
             state.save(step + 1, {})
     sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
     with evaluating(trained.module):
-        measured = measure(task, trained, sample)
+        measured = measure(task, trained, sample, run.micro_batch_size)
     return {name: significant(value) for name, value in measured.items()}, metrics
 
 
@@ -92,13 +93,13 @@ def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Value
     return {**parallel.total({"loss": mine}), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def measure(task: Task, trained: Any, rows: Batch) -> Values:
-    """Return what a model does on held-out rows. Processes share the batches.
+def measure(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Values:
+    """Return what a model does on held-out rows. Processes share the micro-batches.
 
     Under ZeRO-3 every process must compute as often as the others: one that has no batch left
     repeats the last and does not count it.
     """
-    batches, sums = list(in_batches(rows)), dict.fromkeys(task.sums, 0.0)
+    batches, sums = list(in_batches(rows, micro_batch_size)), dict.fromkeys(task.sums, 0.0)
     for first in range(0, len(batches), parallel.world_size()):
         number = first + parallel.rank()
         counts = number < len(batches)
@@ -108,7 +109,7 @@ def measure(task: Task, trained: Any, rows: Batch) -> Values:
     return {**task.figures(parallel.total(sums)), "eval_rows": len(rows)}
 
 
-def in_batches(rows: Batch, size: int = 64) -> Iterator[Batch]:
+def in_batches(rows: Batch, size: int) -> Iterator[Batch]:
     """Yield rows in batches of like length, for measuring."""
     ordered = sorted(rows, key=lambda row: sum(map(len, row)))
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))

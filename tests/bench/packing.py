@@ -96,7 +96,7 @@ def main() -> None:
     data = rows(args.batch * WINDOW, args.vocabulary)
     tokens, steps = np.array([sum(map(len, row)) for row in data]), range(args.steps)
     chosen = [order.stream(len(data), 1, step * args.batch, args.batch) for step in steps]
-    grouped = [order.batch(tokens, args.batch, step, 1, WINDOW) for step in steps]
+    grouped = [order.batch(tokens, args.batch, step, len(steps), 1, WINDOW) for step in steps]
     as_they_come, by_length = ([[data[i] for i in rows] for rows in way] for way in (chosen, grouped))
     found = speeds(trained, {
         "padded": (as_they_come, None),

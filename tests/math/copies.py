@@ -14,6 +14,7 @@ import trainings
 from rlhf import engine, models, parallel, rollout, sharding
 from rlhf.generation import Sampling
 from rlhf.rows import Rows
+from rlhf.streams import Purpose
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
             copy = sharding.generator(model, parallel.group(size))
             how = run.model_copy(update={"inference_tp_size": size})
             sampling = Sampling(12, 1.0, trainings.EOS, trainings.PAD)
-            made = list(rollout.sample(copy, prompts, sampling, 1, rollout.ROLLOUT, 5, how))
+            made = list(rollout.sample(copy, prompts, sampling, 1, Purpose.ROLLOUT, 5, how))
             replies = [
                 row[mask].tolist()
                 for g in made

@@ -135,8 +135,8 @@ def test_swapped_replies_turn_the_margin_round(scorer, sequences):
     prompt, better, worse = sequences(4, 9, 5)
     task = reward.task(PAD)
     with torch.no_grad():
-        one = supervised.measure(task, engine.Root(scorer), [[prompt, better, worse]])
-        two = supervised.measure(task, engine.Root(scorer), [[prompt, worse, better]])
+        one = supervised.measure(task, engine.Root(scorer), [[prompt, better, worse]], 1)
+        two = supervised.measure(task, engine.Root(scorer), [[prompt, worse, better]], 1)
     assert one["eval_margin"] == pytest.approx(-two["eval_margin"], abs=1e-5)
     assert one["eval_accuracy"] + two["eval_accuracy"] == 1
     assert one["eval_margin"] == pytest.approx(two["eval_loss"] - one["eval_loss"], abs=1e-4)

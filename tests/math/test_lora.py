@@ -13,6 +13,7 @@ from rlhf import config, engine, lora, models, rollout
 from rlhf.engine import Root
 from rlhf.errors import DataError
 from rlhf.generation import Sampling
+from rlhf.streams import Purpose
 from rlhf.tokens import pad
 
 PAD = 1
@@ -33,7 +34,7 @@ def settings(**values):
 def adapted(model, perturbed=True, **values):
     """Return a copy with adapters; with B = 0 they would do nothing, so B gets random values."""
     made = copy.deepcopy(model)
-    lora.add(made, settings(**values), seed=1)
+    lora.add(made, settings(**values), torch.Generator().manual_seed(1))
     if perturbed:
         noise = torch.Generator().manual_seed(2)
         with torch.no_grad():
@@ -67,7 +68,7 @@ def test_with_adapters_off_the_model_is_what_it_was(actor, sequences):
 
 def test_the_actor_without_its_adapters_is_the_reference_that_a_copy_would_be(actor, scorer, sequences):
     model, sampling = adapted(actor), Sampling(6, 0.7, eos_id=2, pad_id=PAD)
-    made = rollout.reply(model, sequences(3, 9, 5), sampling, 1, rollout.ROLLOUT, range(3))
+    made = rollout.reply(model, sequences(3, 9, 5), sampling, 1, Purpose.ROLLOUT, range(3))
     copied, same = (
         rollout.observe(rollout.Models(Root(model), Root(scorer), reference, Root(scorer)), made, 0.7, 2)
         for reference in (Root(actor), None)
@@ -157,13 +158,13 @@ def test_an_unknown_family_must_name_its_targets(actor):
     model = copy.deepcopy(actor)
     model.config.model_type = "gpt2"
     with pytest.raises(DataError, match=r"gpt2 .*not known.*lora\.targets"):
-        lora.add(model, settings(), seed=1)
+        lora.add(model, settings(), torch.Generator().manual_seed(1))
 
 
 def test_the_seed_decides_where_adapters_start(actor):
     one, two, other = (copy.deepcopy(actor) for _ in range(3))
     for model, seed in ((one, 1), (two, 1), (other, 2)):
-        lora.add(model, settings(), seed)
+        lora.add(model, settings(), torch.Generator().manual_seed(seed))
     first, second, third = (next(iter(lora.layers(m).values())).lora_A for m in (one, two, other))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)

@@ -11,6 +11,7 @@ import trainings
 from safetensors.torch import load_file
 
 from rlhf import config, engine
+from rlhf.errors import UserError
 
 STEPS = 40
 
@@ -65,6 +66,13 @@ def case(name, optimizer, steps=1, zero=0):
         "name": name, "stage": "sft",
         "changes": {"steps": steps, "optimizer": optimizer, "run": {"zero_stage": zero}},
     }  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it has a GPU")
+def test_a_training_that_asks_for_a_gpu_does_not_fall_back_to_the_cpu():
+    run = trainings.settings("sft", {"run": {"gpus": 1}}).run
+    with pytest.raises(UserError, match=r"run\.gpus = 1, but torch .* sees no GPU"):
+        engine.start(run)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from rlhf.generation import Sampling
 from rlhf.ptx import Ptx
 from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
+from rlhf.streams import Purpose
 from rlhf.tokens import Padded
 
 close = torch.testing.assert_close
@@ -122,7 +123,7 @@ def test_scores_have_mean_0_and_sd_1_over_the_replies_of_the_sft_model(actor, sc
     setup = trainings.settings("rlhf", {"rollout_batch_size": size, "mini_batches": 1, "kl_coef": 0.7})
     control = ppo._calibrate(four, setup, sampling, trainings.SEED, prompts)
     asked = [prompts[int(i)][0] for i in order.stream(len(prompts), trainings.SEED, 0, setup.reward_samples)]
-    seen = rollout.roll_out(four, asked, sampling, trainings.SEED, rollout.CALIBRATION, 0, setup.run)
+    seen = rollout.roll_out(four, asked, sampling, trainings.SEED, Purpose.CALIBRATION, 0, setup.run)
     assert abs(seen.scores.mean()) + abs(seen.scores.std() - 1) > 0.1  # raw ones are not so by chance
     assert ppo._targets(seen, setup, control, None)[1]["score"] == pytest.approx(0, abs=1e-4)
     assert control.score_sd == pytest.approx(float(seen.scores.std()), rel=1e-3)
@@ -176,9 +177,9 @@ def test_ratios_and_values_are_clipped_by_ranges_of_their_own(seen, actor, score
 def test_ptx_is_the_loss_of_step_1_times_its_coefficient(actor, tmp_path):
     trainings.write_rows(tmp_path, "sft", vocabulary=64)
     rows, metrics = Rows(tmp_path / "train"), []
-    ptx = Ptx(rows, coef=3.0, pad_id=trainings.PAD, seed=1, size=8, micro_batch_size=3)
+    ptx = Ptx(rows, coef=3.0, pad_id=trainings.PAD, seed=1, size=8, steps=9, micro_batch_size=3)
     task = sft.task(trainings.PAD)
-    chosen = [rows[int(i)] for i in order.batch(rows.tokens_per_row, 8, 5, 1)]
+    chosen = [rows[int(i)] for i in order.batch(rows.tokens_per_row, 8, 5, 9, 1)]
     with torch.no_grad():
         found = sum(ptx.losses(Root(actor), 5, metrics))
         expected = task.loss(actor, chosen) / task.terms(chosen)

@@ -24,20 +24,25 @@ def test_a_stream_is_the_same_however_it_is_cut(rows, seed, start, one, two):
     assert np.array_equal(np.concatenate(parts), order.stream(rows, seed, start, one + two))
 
 
-@given(sizes, seeds, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3))
-def test_the_batches_of_a_window_are_its_rows_each_once(rows, seed, size, window, which):
+@given(sizes, seeds, st.integers(1, 9), st.integers(1, 5), st.integers(1, 40))
+def test_all_batches_of_a_training_are_the_first_rows_of_the_stream(rows, seed, size, window, steps):
+    """Also where the training ends within a window, or a pass is shorter than one."""
     lengths = np.random.default_rng(seed).integers(1, 50, rows)
-    steps = range(which * window, (which + 1) * window)
-    batches = [order.batch(lengths, size, step, seed, window) for step in steps]
+    batches = [order.batch(lengths, size, step, steps, seed, window) for step in range(steps)]
     assert all(len(b) == size for b in batches)
-    expected = order.stream(rows, seed, which * window * size, window * size)
-    assert sorted(np.concatenate(batches)) == sorted(expected)
+    assert sorted(np.concatenate(batches)) == sorted(order.stream(rows, seed, 0, steps * size))
+
+
+def test_a_batch_of_the_first_pass_holds_no_row_twice():
+    lengths = np.random.default_rng(0).integers(1, 50, 640)
+    for step in range(10):
+        assert len(set(order.batch(lengths, 64, step, 25, 1))) == 64
 
 
 @given(seeds)
 def test_batches_of_a_window_hold_rows_of_like_length(seed):
     lengths = np.random.default_rng(seed).integers(1, 1000, 64)
-    batches = [lengths[order.batch(lengths, 8, step, seed, 8)] for step in range(8)]
+    batches = [lengths[order.batch(lengths, 8, step, 8, seed, 8)] for step in range(8)]
     assert all(list(b) == sorted(b) for b in batches)
     batches.sort(key=lambda b: (b[0], b[-1]))
     assert all(a[-1] <= b[0] for a, b in pairwise(batches))
@@ -45,14 +50,14 @@ def test_batches_of_a_window_hold_rows_of_like_length(seed):
 
 def test_short_batches_do_not_all_come_first():
     lengths = np.arange(32 * 8)
-    means = [lengths[order.batch(lengths, 8, step, 1)].mean() for step in range(32)]
+    means = [lengths[order.batch(lengths, 8, step, 32, 1)].mean() for step in range(32)]
     assert means not in (sorted(means), sorted(means, reverse=True))
 
 
 def test_a_window_of_one_leaves_rows_where_they_are():
     lengths = np.random.default_rng(0).integers(1, 9, 20)
     for step in range(6):
-        rows = order.batch(lengths, 5, step, 3, window=1)
+        rows = order.batch(lengths, 5, step, 6, 3, window=1)
         assert sorted(rows) == sorted(order.stream(20, 3, step * 5, 5))
 
 

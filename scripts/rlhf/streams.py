@@ -1,0 +1,34 @@
+"""Random streams: a scenario's one seed gives every purpose a stream of its own."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """What randomness is for. A number, once given, keeps its meaning: artefacts depend on it."""
+
+    PASS = 1
+    WINDOW = 2
+    ROLLOUT = 3
+    CALIBRATION = 4
+    EVALUATION = 5
+    CHAT = 6
+    SHUFFLED_SCORES = 7
+    MINI_BATCHES = 8
+    HEAD = 9
+    LORA = 10
+    CRITIC_LORA = 11
+
+
+def rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
+    """Return the generator of a purpose; `numbers` say which of its streams, as many at every call."""
+    return np.random.default_rng([seed, purpose, *numbers])
+
+
+def torch_rng(seed: int, purpose: Purpose) -> torch.Generator:
+    """Return the same for torch, on the CPU."""
+    return torch.Generator().manual_seed(int(rng(seed, purpose).integers(2**63)))
