@@ -184,7 +184,14 @@ def test_locks_may_be_used_by_every_user(gpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("visible", "names"),
-    [("0, 1", ["0", "1"]), ("-1", []), ("", []), ("1,-1,0", ["1"]), ("NoDevFiles", []), ("GPU-a,,0", ["GPU-a"])],
+    [
+        ("0, 1", ["0", "1"]),
+        ("-1", []),
+        ("", []),
+        ("1,-1,0", ["1"]),
+        ("NoDevFiles", []),
+        ("GPU-a,,0", ["GPU-a"]),
+    ],
 )
 def test_gpus_are_counted_as_cuda_counts_them(monkeypatch, visible, names):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
