@@ -62,9 +62,9 @@ def one_message():
 def refuse_unreadable(path):
     """Refuse a file that is no YAML or in which a key stands twice, by file and line.
 
-    Snakemake looks for no doubles, and of what is no YAML it names neither. What --configfile names it has
-    read before the Snakefile: there doubles alone are left to find, and of the rest `scripts/store.py
-    --configfile FILE ls` names the line.
+    Snakemake accepts duplicate keys, and reports neither file nor line of a YAML error. It has parsed files
+    given by --configfile before the Snakefile, so only duplicate keys are left to catch for them here;
+    `scripts/store.py --configfile FILE ls` gives the line of other errors.
     """
     if workflow.is_main_process and Path(path).exists():
         with one_message():

@@ -19,7 +19,7 @@ rule eval:
         runtime=run_value("store/eval/{name}", "runtime"),
     params:
         launch=script("launch.py"),
-        script=script("compare_replies.py"),
+        script=planned_script("store/eval/{name}"),
         spec=spec("store/eval/{name}"),
         run=run_options("store/eval/{name}"),
         processes=run_value("store/eval/{name}", "processes"),

@@ -63,7 +63,7 @@ rule data:
         runtime=1440,
     params:
         launch=script("launch.py"),
-        script=script("prepare_data.py"),
+        script=planned_script("store/data/{name}"),
         spec=spec("store/data/{name}"),
         message=describe("store/data/{name}"),
     message:

@@ -19,7 +19,7 @@ rule sft:
         runtime=run_value("store/sft/{name}", "runtime"),
     params:
         launch=script("launch.py"),
-        script=script("train_sft.py"),
+        script=planned_script("store/sft/{name}"),
         spec=spec("store/sft/{name}"),
         run=run_options("store/sft/{name}"),
         processes=run_value("store/sft/{name}", "processes"),
@@ -54,7 +54,7 @@ rule reward:
         runtime=run_value("store/reward/{name}", "runtime"),
     params:
         launch=script("launch.py"),
-        script=script("train_reward.py"),
+        script=planned_script("store/reward/{name}"),
         spec=spec("store/reward/{name}"),
         run=run_options("store/reward/{name}"),
         processes=run_value("store/reward/{name}", "processes"),
@@ -89,7 +89,7 @@ rule rlhf:
         runtime=run_value("store/rlhf/{name}", "runtime"),
     params:
         launch=script("launch.py"),
-        script=script("train_ppo.py"),
+        script=planned_script("store/rlhf/{name}"),
         spec=spec("store/rlhf/{name}"),
         run=run_options("store/rlhf/{name}"),
         processes=run_value("store/rlhf/{name}", "processes"),

@@ -65,23 +65,35 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
     if len(there) < count:
         sys.exit(f"error: {count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
     with ExitStack() as stack:
-        while len(held := list(islice((d for d in there if _is_taken(d, stack)), count))) < count:
+        while len(held := list(islice((d for d in there if _take(d, stack)), count))) < count:
             stack.close()  # all or none: two jobs that each hold a part would wait for ever
             print(f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", flush=True)
             time.sleep(GPU_PAUSE)
-        # Without a GPU DeepSpeed would look for accelerators of ten makers, and warn that there is none.
+        # Otherwise DeepSpeed probes for every accelerator it knows and warns that it found none.
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held), **({} if held else {"DS_ACCELERATOR": "cpu"})}
 
 
-def _is_taken(device: str, stack: ExitStack) -> bool:
+def _take(device: str, stack: ExitStack) -> bool:
     """Take a device unless another job has it; it is given back when `stack` ends."""
     name = f"snakemake-rlhf-gpu-{device.replace('/', '-')}.lock"
-    file = stack.enter_context((Path(tempfile.gettempdir()) / name).open("w"))
+    file = _lock_file(Path(tempfile.gettempdir()) / name)
+    stack.callback(os.close, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
+
+
+def _lock_file(path: Path) -> int:
+    """Open a lock that users of this machine share; what another one owns need not be writable to lock it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+    if os.fstat(file).st_uid == os.getuid():
+        os.fchmod(file, 0o666)  # whatever the umask
+    return file
 
 
 def _single_process() -> dict[str, str]:

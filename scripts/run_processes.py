@@ -1,4 +1,4 @@
-"""torchrun, but that its exit code is that of a process that failed: 2 is a mistake that a user can mend.
+"""torchrun, except that it exits with 2 when a process ended with a user error.
 
 `launch.py` runs it; it takes torchrun's command line.
 """

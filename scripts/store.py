@@ -82,8 +82,10 @@ def collect(volume: upkeep.Volume, yes: bool, more: Path | None) -> None:
     if not unused:
         print("every artefact is named by a result, or part of one that is")
     elif yes or (sys.stdin.isatty() and input(f"remove these {len(unused)}? [y/N] ").lower() == "y"):
-        volume.remove(unused)
-        print(f"removed {len(unused)}")
+        left = volume.remove(unused)
+        print(f"removed {len(unused) - len(left)}")
+        for path in left:
+            print(f"left, a process has taken it up or away: {path}")
     else:
         print("nothing removed; answer y, or give --yes")
 

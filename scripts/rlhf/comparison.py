@@ -16,12 +16,14 @@ from rlhf.config import Eval, RlhfRun
 from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
-from rlhf.rollout import sample
+from rlhf.rollout import micro_batches, sample
 from rlhf.rows import Rows
 from rlhf.sharding import generator
 from rlhf.streams import Purpose
 from rlhf.terminal import printable
+from rlhf.tokens import Padded
 
+Figures = dict[str, float | None]  # None: a mean over nothing
 SHOWN = 12  # prompts in the table
 LEGEND = """\
 before: SFT; after: RLHF. score: the reward model's; judged: by the judge of the configuration (VADER's
@@ -34,7 +36,7 @@ KL: log pi - log SFT, summed over a reply's tokens.
 def compare(
     actor: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, data: Path, config: Eval,
     run: RlhfRun,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:  # fmt: skip
+) -> tuple[list[dict[str, Any]], Figures]:  # fmt: skip
     """Return one row per prompt, and the summary, in every process. Both models get the same noise.
 
     The models are engines or `engine.Root`s. Each process answers a part of the prompts; the last prompt
@@ -53,23 +55,32 @@ def compare(
         copy = generator(bare(model), parallel.group(run.inference_tp_size))
         made = list(sample(copy, asked, sampling, config.seed, Purpose.EVALUATION, 0, run))
         del copy
-        mine = [row for part in made for row in _looked_at(part, model, reference, reward, tokenizer, config)]
+        mine = [
+            row
+            for part in made
+            for row in _looked_at(part, model, reference, reward, tokenizer, config, run.micro_batch_size)
+        ]
         for row, seen in zip(rows, parallel.gathered(mine)[:count], strict=True):
             row[when] = seen
     return rows, summary(rows)
 
 
 def _looked_at(
-    made: Generated, model: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, config: Eval
-) -> list[dict[str, Any]]:
-    """Return what there is to say of each reply of `model`."""
+    made: Generated, model: Any, reference: Any, reward: Any, tokenizer: PreTrainedTokenizerFast, config: Eval,
+    micro_batch_size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return what there is to say of each reply of `model`; models read a micro-batch at a time, as in step 3."""
     length, temperature = made.response_mask.shape[1], config.temperature or 1.0
+    scored: list[float] = []
+    kl: list[float] = []  # log pi - log ref of a reply, in nats
     with torch.no_grad():
-        scored = reward(models.scores, made.batch).tolist()
-        own, theirs = (
-            m(models.response_logprobs, made.batch, length, temperature) for m in (model, reference)
-        )
-    kl = ((own - theirs) * made.response_mask).sum(-1).tolist()  # log pi - log ref of a reply, in nats
+        for part in micro_batches(len(made.ended), micro_batch_size):
+            batch = Padded(made.batch.ids[part], made.batch.mask[part])
+            scored += reward(models.scores, batch).tolist()
+            own, theirs = (
+                m(models.response_logprobs, batch, length, temperature) for m in (model, reference)
+            )
+            kl += ((own - theirs) * made.response_mask[part]).sum(-1).tolist()
     texts = tokenizer.batch_decode(made.responses, skip_special_tokens=True)
     rows = [
         {"reply": text, "score": score, "kl": nats, "words": len(text.split())}
@@ -79,9 +90,9 @@ def _looked_at(
     return [{**row, "judged": judge(row["reply"])} for row in rows] if judge else rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summary(rows: Sequence[dict[str, Any]]) -> Figures:
     """Return the figures of a comparison, `_before` and `_after`."""
-    figures: dict[str, float] = {"prompts": len(rows), "kl": _mean([r["after"]["kl"] for r in rows])}
+    figures: Figures = {"prompts": len(rows), "kl": _mean([r["after"]["kl"] for r in rows])}
     for when in ("before", "after"):
         replies = [row[when] for row in rows]
         figures[f"score_{when}"] = _mean([r["score"] for r in replies])
@@ -93,7 +104,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     if "judged_after" in figures:
         figures["win_rate_judged"] = win_rate(rows, "judged")
         figures |= matched_length(rows)
-    return {name: round(value, 4) for name, value in figures.items()}
+    return {name: None if value is None else round(value, 4) for name, value in figures.items()}
 
 
 def win_rate(rows: Sequence[dict[str, Any]], by: str) -> float:
@@ -102,12 +113,12 @@ def win_rate(rows: Sequence[dict[str, Any]], by: str) -> float:
     return float(np.mean((gaps > 0) + (gaps == 0) / 2))
 
 
-def matched_length(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def matched_length(rows: Sequence[dict[str, Any]]) -> Figures:
     """Return mean judgements over the word counts that replies before and after have in common.
 
     A judge that adds up over words likes long replies; this takes that part out: replies after are weighted
     to the word counts before. Other word counts are left out of both means; `in_common` is the share of
-    replies that is not. Means over nothing are NaN.
+    replies that is not. Means over nothing are None.
     """
     judged: dict[str, dict[int, list[float]]] = {"before": {}, "after": {}}
     for when, of in judged.items():
@@ -116,10 +127,10 @@ def matched_length(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     common = judged["before"].keys() & judged["after"].keys()
     counts = {when: [len(of[n]) for n in common] for when, of in judged.items()}
     weights = np.array(counts["before"]) / max(1, sum(counts["before"]))
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for when, of in judged.items():
         means = [_mean(of[n]) for n in common]
-        figures[f"judged_matched_length_{when}"] = float(weights @ means) if common else float("nan")
+        figures[f"judged_matched_length_{when}"] = float(weights @ means) if common else None
         figures[f"in_common_{when}"] = sum(counts[when]) / len(rows)
     return figures
 
@@ -134,7 +145,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def table(rows: Sequence[dict[str, Any]], figures: dict[str, float]) -> str:
+def table(rows: Sequence[dict[str, Any]], figures: Figures) -> str:
     """Return prompts with the reply before and after, and the figures, as text."""
     lines = []
     for row in rows[:SHOWN]:
@@ -147,9 +158,10 @@ def table(rows: Sequence[dict[str, Any]], figures: dict[str, float]) -> str:
     lines.append(f"{figures['prompts']:.0f} held-out prompts   before    after")
     names = [n.removesuffix("_after") for n in figures if n.endswith("_after")]
     for name in names:
-        before, after = figures[f"{name}_before"], figures[f"{name}_after"]
         sign = "+" if name.startswith(("score", "judged")) else ""
-        lines.append(f"{name:<22} {before:{sign}9.3f} {after:{sign}9.3f}")
+        values = [figures[f"{name}_{when}"] for when in ("before", "after")]
+        before, after = ("-" if value is None else f"{value:{sign}.3f}" for value in values)
+        lines.append(f"{name:<22} {before:>9} {after:>9}")
     for name in (n for n in figures if n.startswith("win_rate")):
         by = name.removeprefix("win_rate_")
         lines.append(f"{'better by ' + by:<22} {'':>9} {figures[name]:9.1%} of prompts")

@@ -275,7 +275,7 @@ class Eval(Section):
     max_new_tokens: Int = Field(ge=1, description="longest reply")
     temperature: Float = Field(ge=0, description="of sampling; 0 is greedy")
     seed: Int = Field(ge=0, description="of sampling: the same for every model")
-    judge: Literal["vader"] | None = Field(description="a known truth beside the reward model")
+    judge: Literal["vader"] | None = Field(description="an independent measure beside the reward model")
 
 
 class Scenario(Section):

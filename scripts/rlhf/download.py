@@ -59,7 +59,7 @@ def download(snapshot: Snapshot, names: Iterable[str], directory: Path) -> None:
             if stopped.is_set():
                 raise UserError("another file failed")
 
-        jobs = [pool.submit(_file, snapshot, f, directory / f.name, moved) for f in files]
+        jobs = [pool.submit(_file, snapshot, f, directory / f.name, moved, stopped) for f in files]
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -83,12 +83,12 @@ def _refuse_if_full(directory: Path, needed: int) -> None:
         )
 
 
-def _file(snapshot: Snapshot, file: RemoteFile, target: Path, moved: Moved) -> None:
+def _file(snapshot: Snapshot, file: RemoteFile, target: Path, moved: Moved, stopped: threading.Event) -> None:
     """Download one file until its hash is right."""
     part = _part(target)
     part.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(CORRUPT):
-        if _complete(snapshot, file, part, moved) == (file.sha256 or file.blob_id):
+        if _complete(snapshot, file, part, moved, stopped) == (file.sha256 or file.blob_id):
             os.rename(part, target)
             return
         logger.warning("%s: what arrived has another hash than the Hub says; starting it anew", file.name)
@@ -101,7 +101,9 @@ def _file(snapshot: Snapshot, file: RemoteFile, target: Path, moved: Moved) -> N
     )
 
 
-def _complete(snapshot: Snapshot, file: RemoteFile, part: Path, moved: Moved) -> str:
+def _complete(
+    snapshot: Snapshot, file: RemoteFile, part: Path, moved: Moved, stopped: threading.Event
+) -> str:
     """Append to a part until it has its size; return its hash, in the Hub's way."""
     if part.exists() and part.stat().st_size > file.size:
         logger.warning("%s: the part on disk is too long; starting it anew", file.name)
@@ -114,13 +116,14 @@ def _complete(snapshot: Snapshot, file: RemoteFile, part: Path, moved: Moved) ->
             digest.update(block)
 
         def fetch() -> None:
+            moved(0)  # after a pause too: no more is asked for once another file failed
             while (start := out.tell()) < file.size:
                 for block in _range(snapshot, file, start):
                     out.write(block)
                     digest.update(block)
                     moved(len(block))
 
-        retried(file.name, fetch, moved=out.tell)
+        retried(file.name, fetch, moved=out.tell, sleep=stopped.wait)
         os.fsync(out.fileno())
     return digest.hexdigest()
 

@@ -23,13 +23,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take up the weights after an optimizer step."""
+        """Fold in the weights after an optimizer step."""
         for name, mean in self.means.items():
             mean.lerp_(_own_part(self._parameters[name]).float(), 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model have the mean weights within this."""
+        """Swap the averaged weights into the model for the block."""
         kept = {name: _own_part(p).detach().clone() for name, p in self._parameters.items()}
         self._assign(self.means)
         try:

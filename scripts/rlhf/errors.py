@@ -44,5 +44,5 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

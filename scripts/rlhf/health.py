@@ -31,7 +31,7 @@ BOUNDS = (
     Bound("clip_fraction", 0, 0.4, "most of a mini-batch is clipped: lower the learning rate or ppo_epochs"),
     Bound("approx_kl", -1e-3, 0.1, "an iteration moves the policy far: lower the learning rate or ppo_epochs"),
     Bound("kl_ref", -1, 10, "replies are far from the SFT model's: raise kl_coef, or set kl_target"),
-    Bound("entropy", 0.1, float("inf"), "the policy hardly draws any more: raise kl_coef or the temperature"),
+    Bound("entropy", 0.1, float("inf"), "the policy is nearly deterministic: raise kl_coef or the temperature"),
     Bound("explained_variance", -1, 1, "the critic is worse than a constant: lower its learning rate"),
     Bound("ended", 0.2, 1, "most replies do not end: raise max_new_tokens or missing_eos_penalty"),
     Bound("score_length_correlation", -0.9, 0.9, "the score says little more than the length of a reply"),

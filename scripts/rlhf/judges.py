@@ -1,4 +1,4 @@
-"""Judges: a known truth about a reply, beside what a reward model thinks of it."""
+"""Judges: an independent measure of a reply, beside what a reward model thinks of it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from rlhf.errors import DataError, UserError, one_line
 from rlhf.streams import Purpose, torch_rng
 from rlhf.tokens import Packed, Padded
 
-transformers_logging.disable_progress_bar()  # a bar per load tells nobody anything
+transformers_logging.disable_progress_bar()  # one bar per load is noise
 transformers_logging.set_verbosity_error()  # what a checkpoint lacks is looked at below, and refused
 
 

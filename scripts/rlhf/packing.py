@@ -49,7 +49,7 @@ def _why_not(config: Any, dtype: str, device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return "kernels of variable length need a GPU of compute capability 8.0"
     if not families.attends_plainly(config):
-        return f"a {config.model_type} model attends in a way of its own"
+        return f"a {config.model_type} model has attention of its own kind"
     if head > LARGEST_HEAD or head % HEAD_STEP:
         return f"kernels of variable length cannot do heads of {head} channels"
     return None

@@ -63,18 +63,7 @@ class Plan:
     results: dict[str, str]
 
     def artefact_of(self, result: str) -> Artefact:
-        """Return the artefact that a name under `results/` leads into.
-
-        Raises:
-            ConfigError: the scenario does not make it.
-        """
-        if result not in self.results:
-            scenario = "/".join(result.split("/")[:2])
-            made = ", ".join(name for name in self.results if name.startswith(f"{scenario}/"))
-            raise ConfigError(
-                f"{result} is not made: adapters need `lora` with `only`, actor_ema needs rlhf.ema_decay."
-                f" This scenario makes {made}"
-            )
+        """Return the artefact that a name under `results/` leads into."""
         stage, name = self.results[result].split("/")[1:3]
         return self.artefacts[f"store/{stage}/{name}"]
 
@@ -114,6 +103,15 @@ def refuse_unknown(made: Plan, targets: Iterable[str]) -> None:
         if name in known or name.startswith("benchmarks/"):
             continue
         name = name[max(0, name.find("results/")) :]  # the path of the volume is no part of a target
+        if re.fullmatch(
+            r"results/[^/]+/(sft/adapter|reward/adapter|rlhf/(actor_|critic_)adapter|rlhf/actor_ema)", name
+        ):
+            scenario = name[: name.index("/", len("results/")) + 1]
+            if theirs := [result for result in made.results if result.startswith(scenario)]:
+                raise ConfigError(
+                    f"{target} is not made: adapters need `lora` with `only`, actor_ema needs rlhf.ema_decay."
+                    f" This scenario makes {', '.join(theirs)}"
+                )
         theirs = [result for result in made.results if f"/{name.removeprefix('results/')}/" in result]
         close = [name] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.7)
         actors = [result for result in made.results if result.endswith("/rlhf/actor")]

@@ -24,11 +24,17 @@ class Transient(Exception):
         self.wait = wait
 
 
-def retried(what: str, action: Callable[[], Result], moved: Callable[[], object] = lambda: None) -> Result:
+def retried(
+    what: str,
+    action: Callable[[], Result],
+    moved: Callable[[], object] = lambda: None,
+    sleep: Callable[[float], object] | None = None,
+) -> Result:
     """Return what `action` returns, trying again after a `Transient`.
 
     Args:
         moved: something that changes with progress; while it does, attempts start anew.
+        sleep: waits so many seconds, or less where there is no use in waiting.
 
     Raises:
         UserError: it failed ATTEMPTS times in a row without progress.
@@ -43,4 +49,4 @@ def retried(what: str, action: Callable[[], Result], moved: Callable[[], object]
                 raise UserError(f"{what}: {error} ({ATTEMPTS} attempts)") from None
             pause = min(error.wait or FIRST_PAUSE * 2 ** (failed - 1), LONGEST_PAUSE)
             logger.warning("%s: %s; trying again in %.0f s", what, error, pause)
-            time.sleep(pause)
+            (sleep or time.sleep)(pause)

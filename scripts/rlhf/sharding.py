@@ -36,7 +36,7 @@ def whole(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[No
     if not sharded:
         yield
         return
-    # Here, since whoever only answers or evaluates loads no DeepSpeed: it takes seconds.
+    # Imported here: DeepSpeed takes seconds to import, and chat does not need it.
     from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415
 
     with GatheredParameters(sharded, modifier_rank=0 if changed else None):

@@ -124,7 +124,8 @@ def _make_readable(path: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON the same way everywhere: sorted keys, two spaces, a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

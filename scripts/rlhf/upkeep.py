@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf.plan import Artefact, Plan
 from rlhf.workdir import is_held
 
 PLACES = ("models/*/*", "datasets/*/*", "store/*/*")
+YOUNG = 3600.0  # seconds since something was written, within which a draft may still be written to
 
 
 class Volume:
@@ -175,14 +177,26 @@ class Volume:
     def _work_left(self) -> list[Path]:
         """Return working directories of artefacts that are published, or that nothing asks for.
 
-        What a process holds stays: another configuration may ask for it.
+        What a process holds stays: another configuration may ask for it. So does a young draft: of data,
+        replies and built-in sources no process holds anything.
         """
         return [
             work
             for artefact, work in self._work()
             if ((artefact / store.PROVENANCE).exists() or str(artefact) not in self.plan.artefacts)
-            and not is_held(self.root / "work" / artefact.as_posix().removeprefix("store/"))
+            and not self._is_worked_on(work)
         ]
+
+    def _is_worked_on(self, path: Path) -> bool:
+        """Return whether a process works on what is to go at this moment, as far as can be told."""
+        place = path.relative_to(self.root)
+        if place.parts[0] == "work":
+            return is_held(path)
+        if not _is_draft(place):
+            return False
+        artefact = place.parent / place.name[1:].removesuffix(".partial")
+        work = self.root / "work" / artefact.as_posix().removeprefix("store/")
+        return is_held(work) or time.time() - newest(path) < YOUNG
 
     def _work(self) -> list[tuple[Path, Path]]:
         """Return (artefact, its working directory or draft)."""
@@ -203,10 +217,19 @@ class Volume:
         state = f"  an unfinished training, saved at step {max(steps)}" if steps else ""
         return f"{human(size(path)):>9}  {path}{state}"
 
-    def remove(self, paths: Iterable[Path]) -> None:
-        """Remove directories."""
+    def remove(self, paths: Iterable[Path]) -> list[Path]:
+        """Remove directories; return those that a process has taken up by now, or removed: they are left."""
+        left = []
         for path in paths:
-            shutil.rmtree(path)
+            if not path.exists() or self._is_worked_on(path):
+                left.append(path)
+            else:
+                shutil.rmtree(path)
+        return left
+
+
+def _is_draft(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def _bare(scenario: str) -> str:
@@ -247,6 +270,15 @@ def differences(path: Path) -> list[str]:
 def size(path: Path) -> int:
     """Return the bytes of all files below a directory."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def newest(path: Path) -> float:
+    """Return when something in a directory was last written, in seconds; 0 if it is gone."""
+    times = []
+    for each in [path, *path.rglob("*")]:
+        with suppress(FileNotFoundError):  # whoever writes it may also rename it
+            times.append(each.lstat().st_mtime)
+    return max(times, default=0.0)
 
 
 def human(size_bytes: float) -> str:

@@ -9,6 +9,7 @@ replies to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampli
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,10 @@ def report(results: Path, name: str) -> list[str]:
     """Print a scenario's figures; return which bounds they break."""
     f = json.loads((results / "rlhf/eval/summary.json").read_text())
     rise = f["judged_after"] - f["judged_before"]
-    matched = f["judged_matched_length_after"] - f["judged_matched_length_before"]
+    means = [f[f"judged_matched_length_{when}"] for when in ("before", "after")]
+    matched = (
+        math.nan if None in means else means[1] - means[0]
+    )  # no word count in common: it breaks its bound
     words = f["words_after"] / f["words_before"] - 1
     print(
         f"{name:<13} {f['judged_before']:.3f} -> {f['judged_after']:.3f} ({rise:+.3f}, matched length"

@@ -87,6 +87,34 @@ def test_the_divergence_is_that_of_what_was_sampled(compared):
     made = rollout.reply(after.model, prompts, sampling, 1, rollout.EVALUATION, range(2))
     seen = rollout.observe(rollout.Models(after, judge, before, judge), made, 0.5, 2)
     kl = ((seen.old_logprobs - seen.ref_logprobs) * seen.response_mask).sum(-1)
-    rows = comparison._looked_at(made, after, before, judge, tokenizer, config.Eval(**CONFIG))
+    rows = comparison._looked_at(made, after, before, judge, tokenizer, config.Eval(**CONFIG), 2)
     assert [row["kl"] for row in rows] == pytest.approx(kl.tolist(), rel=1e-4)
     assert all(abs(row["kl"]) > 0.01 for row in rows)
+
+
+def test_models_read_no_more_replies_at_a_time_than_in_step_3(compared):
+    """What step 3 fits in, its comparison fits in; the figures are the same."""
+    root, widest = compared["one"].parent, []
+
+    class Watched(Root):
+        def __call__(self, function, batch, *rest):
+            widest.append(len(batch.ids))
+            return super().__call__(function, batch, *rest)
+
+    before, after = (
+        Watched(models.load_actor(root / name, torch.float32)) for name in ("sft/model", "rlhf/actor")
+    )
+    judge = Watched(models.load_scorer(root / "reward/model", torch.float32))
+    tokenizer = load_tokenizer(root / "sft/model")
+    sampling = Sampling(6, 0.5, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    prompts = [np.arange(5, 7 + n, dtype=np.int32) for n in range(5)]
+    made = rollout.reply(after.model, prompts, sampling, 1, rollout.EVALUATION, range(5))
+    whole, cut = (
+        comparison._looked_at(made, after, before, judge, tokenizer, config.Eval(**CONFIG), size)
+        for size in (5, 2)
+    )
+    assert widest == [5] * 3 + [2] * 6 + [1] * 3
+    for a, b in zip(whole, cut, strict=True):
+        assert a["reply"] == b["reply"]
+        for figure in ("score", "kl", "words", "judged"):
+            assert a[figure] == pytest.approx(b[figure], rel=1e-4, abs=1e-5)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf import comparison
+from rlhf import comparison, store
 
 
 def rows(before, after):
@@ -57,7 +57,7 @@ def test_lengths_that_one_side_alone_has_are_left_out_on_both(pairs, odd):
     more = comparison.matched_length(rows(before + odd_before, after + odd_after))
     for name, value in figures.items():
         share = len(pairs) / (len(pairs) + 1) if name.startswith("in_common") else 1
-        assert more[name] == pytest.approx(value * share, nan_ok=True)
+        assert more[name] == (None if value is None else pytest.approx(value * share))
 
 
 def test_a_word_count_that_only_replies_before_have_counts_in_no_mean():
@@ -66,6 +66,25 @@ def test_a_word_count_that_only_replies_before_have_counts_in_no_mean():
         "judged_matched_length_before": 0.2, "judged_matched_length_after": 0.2,
         "in_common_before": 0.5, "in_common_after": 1.0,
     }  # fmt: skip
+
+
+def test_without_a_common_word_count_the_summary_is_json_and_the_table_has_a_dash(tmp_path):
+    row = {
+        when: {"judged": 0.5, "words": words, "score": 1.0, "kl": 0.1, "reply": "a"}
+        for when, words in (("before", 1), ("after", 2))
+    }
+    figures = comparison.summary([{"prompt": "p", **row}])
+    store.write_json(tmp_path / "summary.json", figures)
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+    assert figures["judged_matched_length_after"] is None
+    (line,) = [
+        x
+        for x in comparison.table([{"prompt": "p", **row}], figures).splitlines()
+        if x.startswith("judged_matched_length ")
+    ] or [""]
+    assert line.split()[1:] == ["-", "-"]
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json(tmp_path / "other.json", float("nan"))
 
 
 def test_bigrams_that_repeat_count_once():

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -255,9 +256,27 @@ def test_a_file_that_may_not_be_read_is_told(server, tmp_path):
 def test_what_a_busy_hub_asks_for_is_waited(server, tmp_path, monkeypatch, at):
     waited = []
     monkeypatch.setattr(retry.time, "sleep", waited.append)
+    monkeypatch.setattr(
+        downloading, "retried", lambda *a, **k: retry.retried(*a, **k | {"sleep": waited.append})
+    )
     getattr(server, at).extend(["429 after 3", "429 limit 55"])
     fetch(tmp_path)
     assert sorted(waited) == [3.0, 56.0]  # in any order: several files are asked for at a time
+
+
+def test_an_interrupt_does_not_wait_for_what_a_busy_hub_asks_for(server, tmp_path, monkeypatch):
+    def interrupted(_):
+        while server.faults:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(downloading, "as_completed", interrupted)
+    server.faults.append("429 after 20")
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fetch(tmp_path)
+    assert time.monotonic() - before < 10
 
 
 def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 import launch
 import pytest
 
+from rlhf.machine import visible_gpus
+
 LAUNCH = Path(__file__).parents[2] / "scripts/launch.py"
 PROGRAM = """
 import os, sys
@@ -154,6 +156,46 @@ def test_jobs_get_gpus_of_their_own_and_give_them_back(gpus):
         assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     with launch._gpus(2) as both:
         assert both == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_a_lock_that_another_user_owns_is_taken_without_writing(gpus, monkeypatch, tmp_path):
+    path = tmp_path / "snakemake-rlhf-gpu-0.lock"
+    path.touch(0o644)
+    opened = os.open
+
+    def refuse(name, flags, *mode):
+        if flags & os.O_ACCMODE != os.O_RDONLY and Path(name) == path:
+            raise PermissionError(13, "Permission denied", name)
+        return opened(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with launch._gpus(1) as first, launch._gpus(1) as second:
+        assert [d["CUDA_VISIBLE_DEVICES"] for d in (first, second)] == ["0", "1"]
+
+
+def test_locks_may_be_used_by_every_user(gpus, tmp_path):
+    before = os.umask(0o077)
+    try:
+        with launch._gpus(1):
+            assert (tmp_path / "snakemake-rlhf-gpu-0.lock").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("0, 1", ["0", "1"]),
+        ("-1", []),
+        ("", []),
+        ("1,-1,0", ["1"]),
+        ("NoDevFiles", []),
+        ("GPU-a,,0", ["GPU-a"]),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(monkeypatch, visible, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == names
 
 
 def test_a_job_waits_for_gpus_that_others_use_and_holds_none_meanwhile(gpus, monkeypatch, capfd):

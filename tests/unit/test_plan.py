@@ -195,6 +195,14 @@ def test_other_code_of_a_stage_makes_it_and_what_follows_anew():
     assert {stage for stage in ENTRY if a[stage] != b[stage]} == {"reward", "rlhf", "eval"}
 
 
+@pytest.mark.parametrize("what", ["sft/adapter", "rlhf/critic_adapter", "rlhf/actor_ema"])
+def test_a_result_that_needs_a_setting_is_answered_with_the_setting(what):
+    with pytest.raises(
+        ConfigError, match=r"adapters need `lora` with `only`, actor_ema needs .*results/a/sft/actor"
+    ):
+        refuse_unknown(planned(a={}), [f"results/a/{what}"])
+
+
 def test_the_first_scenario_decides_how_what_is_shared_is_run():
     scenarios = {"a": {}, "b": {"sft": {"run": {"threads": 7}}}, "c": {}}
     for first, threads, others in (([], 1, ("b",)), (["b"], 7, ("a", "c")), (["c"], 1, ("b",))):

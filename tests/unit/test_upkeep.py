@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,39 @@ def test_work_that_a_process_holds_stays(volume):
         work.mkdir(parents=True)
         (work / "lock").touch()
     Path("store/reward/.left.partial").mkdir(parents=True)
+    os.utime("store/reward/.left.partial", (0, 0))
     with (works[0] / "lock").open() as one, (works[1] / "lock").open() as two:
         fcntl.flock(one, fcntl.LOCK_EX)
         fcntl.flock(two, fcntl.LOCK_EX)
         assert volume.unused()[1:] == [Path("store/reward/.left.partial"), works[2]]
     assert set(works) < set(volume.unused())
+
+
+def test_a_draft_that_was_written_to_within_the_hour_stays(volume):
+    """No process holds a work directory of data, replies and built-in sources."""
+    draft, now = Path("store/data/.rlhf-3.partial"), time.time()
+    (draft / "train").mkdir(parents=True)
+    (draft / "train/tokens").touch()
+    for path, age in ((draft / "train", 9000), (draft, 9000), (draft / "train/tokens", 600)):
+        os.utime(path, (now - age, now - age))
+    assert draft not in volume.unused()
+    os.utime(draft / "train/tokens", (now - 9000, now - 9000))
+    assert draft in volume.unused()
+
+
+def test_what_is_taken_up_after_it_was_shown_is_not_removed(volume):
+    work, draft = Path("work/sft/left"), Path("store/data/.rlhf-3.partial")
+    for path in (work, draft):
+        path.mkdir(parents=True)
+    (work / "lock").touch()
+    os.utime(draft, (0, 0))
+    shown = volume.unused()
+    assert {work, draft} < set(shown)
+    (draft / "rows").touch()
+    with (work / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert set(volume.remove(shown)) == {work, draft}
+    assert [path.exists() for path in (work, draft, Path("store/sft/idle-2"))] == [True, True, False]
 
 
 def test_work_left_behind_says_how_far_it_has_come(volume):
