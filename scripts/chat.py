@@ -35,17 +35,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=at_least(float, 0), default=0.7, help="0 is greedy")
     parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; drawn when not given")
     args = parser.parse_args()
-    if not (args.model / "config.json").exists():
-        raise UserError(
-            f"{args.model} is no model directory (no config.json): names under results/ lie below `pvc`, make them"
-            " with snakemake"
-        )
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty: give it some text, or leave it out to hold a conversation")
+    refuse_no_model(args.model)
     tokenizer = load_tokenizer(args.model)
     where = parallel.device()
     # CPUs are slow in 16 bits, and GPUs hold what was saved.
     model = load_actor(args.model, torch.float32 if where.type == "cpu" else "auto").eval().to(where)
     sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     seed = secrets.randbits(31) if args.seed is None else args.seed
+    room(model, tokenizer, sampling)
     if args.prompt is not None:
         print(printable(answer(model, tokenizer, [args.prompt], sampling, seed)))
         return
@@ -74,6 +73,38 @@ def at_least(kind: type, least: float) -> Callable[[str], float]:
     return number
 
 
+def refuse_no_model(path: Path) -> None:
+    """Raise UserError if `path` is no model's directory, naming the actors that lie in it."""
+    if (path / "config.json").exists():
+        return
+    inside = sorted(found for depth in ("*", "*/*") for found in path.glob(f"{depth}/config.json"))
+    actors = [str(found.parent) for found in inside if "ForCausalLM" in found.read_text(errors="replace")]
+    made = "names under results/ lie below `pvc`, make them with snakemake"
+    hint = f"give {' or '.join(actors)}" if actors else made
+    raise UserError(f"{path} is no model directory (no config.json): {hint}")
+
+
+def room(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> int:
+    """Return how many tokens a conversation may have.
+
+    Raises:
+        UserError: not even those of one letter.
+    """
+    positions, least = model.config.max_position_embeddings, len(_ids(tokenizer, ["x"]))
+    if (left := positions - sampling.max_new_tokens) < least:
+        raise UserError(
+            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt: the model has {positions}"
+            f" positions, give at most {positions - least}"
+        )
+    return int(left)
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[str]) -> Any:
+    """Return the tokens of a conversation up to where the reply begins."""
+    text = prompt_texts(tokenizer, [turns])[0]
+    return tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
+
+
 def _read() -> str | None:
     """Return a line from the user, or None at the end of input."""
     try:
@@ -88,21 +119,18 @@ def answer(
     """Return a reply to a conversation; its oldest turns are left out where it grows too long.
 
     Raises:
-        UserError: even the last turn alone is too long for the model.
+        UserError: even the last turn alone is too long for the model, or `room` has none.
     """
-    room = model.config.max_position_embeddings - sampling.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt")
+    most = room(model, tokenizer, sampling)
     for start in range(0, len(turns), 2):
-        text = prompt_texts(tokenizer, [turns[start:]])[0]
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
-        if len(ids) <= room:
+        ids = _ids(tokenizer, turns[start:])
+        if len(ids) <= most:
             noise = uniforms(seed, Purpose.CHAT, [0], sampling.max_new_tokens)
             made = generate(model, pad([ids], sampling.pad_id, side="left").to(model.device), sampling, noise)
             return str(tokenizer.decode(made.responses[0], skip_special_tokens=True)).strip()
     raise UserError(
         f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the reply at most"
-        f" {room} fit: shorten it, or lower --max-new-tokens"
+        f" {most} fit: shorten it, or lower --max-new-tokens"
     )
 
 

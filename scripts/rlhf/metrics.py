@@ -7,10 +7,13 @@ speeds go to TensorBoard and `run.json`.
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -20,6 +23,10 @@ from rlhf import jsonl, parallel
 
 Values = dict[str, float]
 NAME = "metrics.jsonl"
+FIRST = (  # in the picture
+    "loss", "score", "kl_ref", "length", "rlhf_reward", "entropy", "value_loss", "explained_variance",
+)  # fmt: skip
+MANY = 100  # points of a line from which on a noisy one is smoothed
 
 
 class Metrics:
@@ -62,18 +69,49 @@ def significant(value: float) -> float:
 
 
 def draw(metrics: Path, picture: Path) -> None:
-    """Draw one small plot per metric over steps."""
-    lines = list(jsonl.read(metrics))
-    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    """Draw one small plot per metric over steps, the main ones first; what never changes is told below."""
+    curves = _curves(metrics)
+    fixed = {name: y[0] for name, (_, y) in curves.items() if len(y) > 1 and np.ptp(y) == 0}
+    names = [name for name in curves if name not in fixed]
+    columns = max(1, min(4, len(names)))
+    rows = max(1, math.ceil(len(names) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 3 else "", linewidth=1)
+        _plot(axis, *curves[name])
         axis.set_title(name, fontsize=9)
+    if fixed:
+        told = ", ".join(f"{name} {value:g}" for name, value in fixed.items())
+        figure.supxlabel(textwrap.fill(f"never changes: {told}", 50 * columns), fontsize=9)
     figure.tight_layout()
     figure.savefig(picture, dpi=80, metadata={"Software": None})
     plt.close(figure)
+
+
+def _curves(metrics: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return name -> steps and values, in the order in which they are drawn."""
+    lines = list(jsonl.read(metrics))
+    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    having = {name: [line for line in lines if name in line] for name in names}
+    return {
+        n: (np.array([k["step"] for k in some]), np.array([k[n] for k in some])) for n, some in having.items()
+    }
+
+
+def _plot(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
+    noisy = len(values) > MANY and np.abs(np.diff(values)).sum() > 5 * np.ptp(values)
+    axis.plot(
+        steps, values, "C0", marker="." if len(values) < 3 else "", linewidth=1, alpha=0.3 if noisy else 1
+    )
+    if noisy:
+        axis.plot(steps, smoothed(values, len(values) // 20), "C0", linewidth=1.5)
+    axis.set_xlabel("step", fontsize=8)
+    axis.ticklabel_format(useOffset=False)
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Return the mean of up to `width` values around each; fewer at the ends."""
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -97,6 +97,15 @@ def test_a_conversation_goes_on_from_its_turns_and_ends_with_the_input(smoke):
     assert second != chat.answer(model, tokenizer, lines[1:], sampling, 3)
 
 
+@pytest.mark.parametrize("name", ["sft/actor", "reward/model", "rlhf/actor", "rlhf/critic"])
+def test_the_example_on_a_model_card_runs(smoke, name):
+    path = smoke.volume / "results/smoke" / name
+    code = (path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    run = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
 def test_tensorboard_shows_the_metrics_of_every_stage(smoke):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
