@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from kubernetes.config import ConfigException
 
 from snakemake_executor_plugin_kubernetes_gang import __main__ as gc
 from snakemake_executor_plugin_kubernetes_gang import cluster as api
@@ -188,7 +189,7 @@ def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
         listed("20", "three"),
         *["drop"] * 50,
     ]  # fmt: skip
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     until = time.monotonic() + 10
     while len(server.seen) < 5 and time.monotonic() < until:
@@ -210,7 +211,7 @@ def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, clu
         changes(change("DELETED", "one", "3")),
         *["drop"] * 50,
     ]
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     until = time.monotonic() + 10
     while len(server.seen) < 6 and time.monotonic() < until:
@@ -226,7 +227,7 @@ def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, clu
 def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_news(server, cluster):
     """A gang is forgotten before it is deleted; a new one may have its name by then."""
     server.script[:] = [listed("1", "one"), *["drop"] * 50]
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     assert mirror.synced.wait(10)
     mirror.forget("a")
@@ -243,7 +244,7 @@ def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_ne
 def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, answer):
     """As from a proxy in between. A mirror's thread that died of it would never say so."""
     server.script[:] = [(200, {}, answer), listed("1", "one"), (200, {}, answer), changes(change("ADDED", "two", "2")), *["drop"] * 50]  # fmt: skip
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     heard = []
     mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
     mirror.start()
@@ -253,6 +254,50 @@ def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, an
     mirror.stop()
     assert heard == ["two"]
     assert "is there a proxy in between?" in cluster.said[0]
+
+
+def test_an_error_of_ours_that_ends_a_mirror_is_told(server, cluster):
+    """Nothing would be seen of the gangs any more, and Snakemake would wait for ever."""
+    server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
+    told = []
+    mirror = Mirror(cluster, "Pod", "", "k", told.append)
+    mirror.changed = lambda thing: 1 / 0
+    mirror.start()
+    mirror.join(10)
+    assert [type(found) for found in told] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+def test_credentials_that_cannot_be_read_for_a_moment_end_no_mirror(server, cluster, requests):
+    """As while a token's file is replaced; before the list, or before the watch."""
+    server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
+    faults = [1, 1]
+
+    def refresh(_):
+        if cluster.requests >= requests and faults:
+            faults.pop()
+            raise ConfigException("Token file exists but empty.")
+
+    cluster._api.configuration.refresh_api_key_hook = refresh
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
+    heard = []
+    mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
+    mirror.start()
+    until = time.monotonic() + 10
+    while not heard and time.monotonic() < until:
+        time.sleep(0.05)
+    mirror.stop()
+    assert heard == ["two"]
+    assert "the credentials cannot be read: Token file exists but empty." in cluster.said[0]
+
+
+def test_credentials_that_cannot_be_read_are_no_answer_to_a_log(cluster):
+    def refresh(_):
+        raise ConfigException("no token")
+
+    cluster._api.configuration.refresh_api_key_hook = refresh
+    with pytest.raises(Unreachable, match="no token"):
+        cluster.log("x", "main")
 
 
 def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
