@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from snakemake_executor_plugin_kubernetes_gang import manifest, template
+from snakemake_executor_plugin_kubernetes_gang.entrypoint import ENTRYPOINT, POLL_S
 from snakemake_executor_plugin_kubernetes_gang.spec import GangSpec, Queue, SpecError, Volume
 
 GOLDEN = Path(__file__).parents[1] / "k8s" / "golden"
@@ -163,6 +164,18 @@ def test_a_slot_has_the_pods_environment_though_ssh_has_given_it_none(tmp_path):
         f"{Path(sys.executable).parent}/python",
         "/tmp 1000 a $HOME 1 forwarded",
     ]
+
+
+def test_a_token_that_cannot_be_read_for_a_moment_is_passed_over_in_silence(tmp_path):
+    """As on a volume that is away: the pod goes on, and its log is not filled."""
+    (tmp_path / "token").write_text("1\n")
+    env = {
+        "PATH": os.environ["PATH"], "GANG_STATE": str(tmp_path), "GANG_PROJECT": str(tmp_path), "GANG_TOKEN": "1",
+        "GANG_WORKDIR": str(tmp_path), "GANG_COMMAND": "rm token; sleep 1; echo done",
+    }  # fmt: skip
+    text = ENTRYPOINT.replace(f"sleep {POLL_S} &", "sleep 0.1 &")
+    run = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("done\n", "")
 
 
 @pytest.mark.parametrize("priority", ["high", "101", "-1"])
