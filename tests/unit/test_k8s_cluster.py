@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -310,3 +311,64 @@ def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
     assert [(thing["kind"], why) for thing, why in found] == [("Service", "belongs to no gang")]
     assert "Jobs are left out, for they may not be listed" in capsys.readouterr().err
     assert time.monotonic() - begun < 5, "a right that is missing is not waited for"
+
+
+def ended_job(name, made, **fields):
+    return {
+        "kind": "Job",
+        "metadata": {"name": name, "uid": name, "creationTimestamp": made},
+        "status": fields,
+    }
+
+
+def stamp(hours):
+    """A timestamp of the API, some hours ago."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 3600 * hours))
+
+
+def test_gc_counts_from_a_gangs_end(cluster, monkeypatch):
+    """One that ran for longer than --hours is not taken a minute after its end: nobody may have seen it yet."""
+
+    def ended(kind, hours, **more):
+        return {"conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(hours)}], **more}
+
+    there = [
+        ended_job("runs", stamp(60)),
+        ended_job("fresh-failed", stamp(60), **ended("Failed", 0.1)),
+        ended_job("fresh", stamp(60), **ended("Complete", 0.1, completionTime=stamp(0.1))),
+        ended_job("old-failed", stamp(60), **ended("Failed", 30)),
+        ended_job("old", stamp(60), **ended("Complete", 30, completionTime=stamp(30))),
+        ended_job("untold", stamp(60), conditions=[{"type": "Failed", "status": "True"}]),
+    ]
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: there if kind == "Job" else [])
+    found = [thing["metadata"]["name"] for thing, _ in gc.orphans(cluster, 24.0)]
+    assert found == ["old-failed", "old", "untold"]
+
+
+@pytest.fixture
+def one_left(cluster, monkeypatch):
+    """`gc` with one gang to remove; returns a function that runs it."""
+    left = ended_job("left", stamp(60), conditions=[{"type": "Failed", "status": "True"}])
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: [left] if kind == "Job" else [])
+    monkeypatch.setattr(gc, "Cluster", lambda *_: cluster)
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["gc", "gc", *options])
+        gc.main()
+
+    return run
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO("")])
+def test_gc_deletes_nothing_where_nobody_can_be_asked(server, one_left, monkeypatch, capsys, stdin):
+    monkeypatch.setattr("sys.stdin", stdin)
+    one_left()
+    assert "nothing deleted; answer y, or give --yes" in capsys.readouterr().out
+    assert not server.seen
+
+
+def test_gc_says_what_it_may_not_delete(server, one_left):
+    server.script[:] = [error(403, "Forbidden", 'jobs.batch "left" is forbidden: User "x" cannot delete')]
+    with pytest.raises(SystemExit, match=r"1 of 1 could not be deleted:\nJob left: .*cannot delete"):
+        one_left("--yes")
+    assert len(server.seen) == 1, "a right that is missing is not waited for"
