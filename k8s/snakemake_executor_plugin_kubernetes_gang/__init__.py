@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -53,7 +54,7 @@ class Executor(RemoteExecutor):
             self._site = _site(self.workflow, settings)
             cluster = Cluster(settings.context, settings.namespace, self._say)
             kinds = {"Job", *({manifest.KINDS[settings.backend]})}
-            self._gangs = Gangs(cluster, self._site.place, kinds, self._say)
+            self._gangs = Gangs(cluster, self._site.place, kinds, self._say, self._failed)
             self._gangs.start()
         except (SpecError, Unreachable) as error:
             raise WorkflowError(str(error)) from error
@@ -106,6 +107,8 @@ class Executor(RemoteExecutor):
             self.report_job_submission(info, register_job=False)
 
     def _failed(self, error: Exception) -> None:
+        while not self.workflow.scheduler:  # it makes us before it is there, and mirrors begin at once
+            time.sleep(0.1)
         self.workflow.scheduler.executor_error_callback(error)
 
     def _take_up(self, job: Any, spec: GangSpec) -> dict[str, Any] | None:

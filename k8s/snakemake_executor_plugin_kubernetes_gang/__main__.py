@@ -14,6 +14,7 @@ from . import manifest, status
 from .cluster import ApiError, Cluster, Unreachable
 
 HELPERS = ("Service", "TrainingRuntime")
+ENDS = ("Complete", "Completed", "Failed")  # conditions, of all kinds
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("action", choices=["gc"])
     parser.add_argument("--namespace", help="default: the one of the credentials")
     parser.add_argument("--context", help="of the kubeconfig")
-    parser.add_argument("--hours", type=float, default=24.0, help="leave what is younger (default: 24)")
+    parser.add_argument("--hours", type=float, default=24.0, help="leave what has ended since (default: 24)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     args = parser.parse_args()
     try:
@@ -30,18 +31,45 @@ def main() -> None:
     except (ApiError, Unreachable) as error:
         sys.exit(f"error: {error}")
     for thing, why in found:
-        print(
-            f"{thing['kind']} {thing['metadata']['name']}: {why}, made {thing['metadata']['creationTimestamp']}"
-        )
+        print(f"{_name(thing)}: {why}, {'made' if thing['kind'] in HELPERS else 'ended'} {_since(thing)}")
     if not found:
         print("nothing to remove")
-    elif args.yes or input(f"delete these {len(found)}? [y/N] ").strip().lower() == "y":
-        for thing, _ in found:
-            cluster.delete(thing)
+    elif args.yes or _is_agreed(f"delete these {len(found)}? [y/N] "):
+        _delete(cluster, [thing for thing, _ in found])
+    else:
+        print("nothing deleted; answer y, or give --yes")
+
+
+def _name(thing: dict[str, Any]) -> str:
+    return f"{thing['kind']} {thing['metadata']['name']}"
+
+
+def _is_agreed(question: str) -> bool:
+    """Whether somebody says yes; where nobody can be asked, nobody does."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return False
+    try:
+        return input(question).strip().lower() == "y"
+    except EOFError:
+        return False
+
+
+def _delete(cluster: Cluster, things: list[dict[str, Any]]) -> None:
+    """Delete what may be deleted, and exit with an error that names the rest."""
+    refused = []
+    for thing in things:
+        try:
+            cluster.delete(thing, patient=False)
+        except ApiError as error:
+            refused.append(f"{_name(thing)}: {error}")
+        except Unreachable as error:
+            sys.exit(f"error: {error}")
+    if refused:
+        sys.exit("\n".join([f"error: {len(refused)} of {len(things)} could not be deleted:", *refused]))
 
 
 def orphans(cluster: Cluster, hours: float) -> list[tuple[dict[str, Any], str]]:
-    """Return ended gangs, and helpers whose gang was never made, older than `hours`; and why.
+    """Return ended gangs, and helpers whose gang was never made, since more than `hours`; and why.
 
     Raises:
         ApiError, Unreachable: they cannot be listed.
@@ -49,7 +77,7 @@ def orphans(cluster: Cluster, hours: float) -> list[tuple[dict[str, Any], str]]:
     found = []
     for kind in (*manifest.KINDS.values(), *HELPERS):
         for thing in _listed(cluster, kind):
-            age = time.time() - status.seconds(thing["metadata"]["creationTimestamp"])
+            age = time.time() - status.seconds(_since(thing))
             why = _why(thing)
             if why and age > hours * 3600:
                 found.append((thing, why))
@@ -75,6 +103,15 @@ def _why(thing: dict[str, Any]) -> str:
         return "" if thing["metadata"].get("ownerReferences") else "belongs to no gang"
     read = status.read(thing, (), 1)
     return f"has {read.phase}" if read.ended else ""
+
+
+def _since(thing: dict[str, Any]) -> str:
+    """When a gang ended, or a helper was made; when a gang was made, where its end is not told."""
+    found = status.conditions(thing)
+    stamps: list[str | None] = [found.get(kind, {}).get("lastTransitionTime") for kind in ENDS]
+    stamps.append(thing.get("status", {}).get("completionTime"))
+    made: str = thing["metadata"]["creationTimestamp"]
+    return max(filter(None, stamps), key=status.seconds, default=made)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,17 @@ class Cluster:
     def _send(
         self, method: str, path: str, query: Mapping[str, Any], body: Any, content: str, timeout: Any
     ) -> Any:
+        """Send a request and return the response, still to be read.
+
+        Raises:
+            Unreachable: there are no credentials, as while a token's file is being replaced.
+        """
         settings = self._api.configuration
         headers = {"Accept": "application/json, */*", "Content-Type": content}
-        bearer = settings.auth_settings().get("BearerToken")
+        try:
+            bearer = settings.auth_settings().get("BearerToken")
+        except config.ConfigException as error:
+            raise Unreachable(f"{method} {path}: the credentials cannot be read: {error}") from error
         if bearer:
             headers["authorization"] = bearer["value"]
         url = settings.host + path + (f"?{urlencode(query)}" if query else "")

@@ -28,7 +28,7 @@ Put it on the volume, or into the image at the same path"; exit {CODE_OTHER_VOLU
 cd "$GANG_WORKDIR" || exit {CODE_OTHER_VOLUME}
 [ -r "${{SSL_CERT_FILE:-/}}" ] || {{ say "SSL_CERT_FILE=$SSL_CERT_FILE is not in this pod and is left out. \
 Put it on the volume, or into the image at the same path"; unset SSL_CERT_FILE; }}
-current() {{ local token; read -r token < "$GANG_STATE/token" 2>/dev/null || return 0; [ "$token" = "$GANG_TOKEN" ]; }}
+current() {{ local token; read -r token 2>/dev/null < "$GANG_STATE/token" || return 0; [ "$token" = "$GANG_TOKEN" ]; }}
 current || {{ say "another gang of this name has been started; this pod ends"; exit {CODE_SUPERSEDED}; }}
 if [ "${{NNODES:-1}}" -gt 1 ]; then
   waited=0

@@ -28,13 +28,20 @@ class Foreign(Exception):
 
 
 class Gangs:
-    """All gangs of one working directory. `say` tells the user what is done."""
+    """All gangs of one working directory. `say` tells the user what is done, `failed` hears of our bugs."""
 
-    def __init__(self, cluster: Cluster, place: str, kinds: set[str], say: Callable[[str], None]):
+    def __init__(
+        self,
+        cluster: Cluster,
+        place: str,
+        kinds: set[str],
+        say: Callable[[str], None],
+        failed: Callable[[Exception], None],
+    ):
         self.cluster, self.place, self._say = cluster, place, say
         selector = f"{manifest.LABEL_PLACE}={place}"
-        self.pods = Mirror(cluster, "Pod", selector, manifest.LABEL_GANG)
-        self.objects = {kind: Mirror(cluster, kind, selector, manifest.LABEL_GANG) for kind in kinds}
+        self.pods = Mirror(cluster, "Pod", selector, manifest.LABEL_GANG, failed)
+        self.objects = {kind: Mirror(cluster, kind, selector, manifest.LABEL_GANG, failed) for kind in kinds}
         self._used: set[str] = set()  # names that this controller has asked for
 
     def start(self) -> None:

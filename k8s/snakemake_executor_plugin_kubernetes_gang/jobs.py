@@ -21,7 +21,7 @@ from .spec import GangSpec, Queue, SpecError, Volume, cpus, digest, gang_name
 
 Json = dict[str, Any]
 
-THREAD_VARIABLES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM", "GOTO")
+THREAD_VARIABLES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "GOTO")
 PASSED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
 # In an address, with a scheme or without.
 PASSWORD = re.compile(r"(?:^|[\s,])(?:[\w+.-]+://[^/\s]*|[^/:\s]+:[^/\s]*)@")

@@ -15,12 +15,16 @@ class Mirror(threading.Thread):
     """Keeps the last known state of every object of a kind, also of those that are gone.
 
     `index` names the label by which objects are looked up. Gone objects are kept until `forget`:
-    a pod that the cluster has taken away may be the one that says why its gang failed.
+    a pod that the cluster has taken away may be the one that says why its gang failed. `failed` hears of
+    the exception that ends the thread, which is our bug: Snakemake would wait for ever.
     """
 
-    def __init__(self, cluster: Cluster, kind: str, selector: str, index: str):
+    def __init__(
+        self, cluster: Cluster, kind: str, selector: str, index: str, failed: Callable[[Exception], None]
+    ):
         super().__init__(name=f"mirror-{kind}", daemon=True)
         self._cluster, self._kind, self._selector, self._index = cluster, kind, selector, index
+        self._failed = failed
         self._lock = threading.Lock()
         self._objects: dict[str, dict[str, Json]] = {}
         self._gone: set[str] = set()
@@ -53,6 +57,12 @@ class Mirror(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
+        try:
+            self._keep_up()
+        except Exception as error:
+            self._failed(error)
+
+    def _keep_up(self) -> None:
         attempt = 0
         while not self._stopped.is_set():
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ KEYS = {
     "volumeMounts": "mountPath", "imagePullSecrets": "name", "ports": "containerPort",
 }  # fmt: skip
 WITH_PARTS = ("containers", "initContainers")
+POD_LISTS, PART_LISTS = (*WITH_PARTS, "volumes", "imagePullSecrets"), ("env", "volumeMounts", "ports")
 REFUSED = {
     "spec.restartPolicy": "a gang is restarted as a whole",
     "spec.hostname": "pods find each other by host names",
@@ -63,6 +65,7 @@ def load(paths: list[Path]) -> Json:
             raise SpecError(
                 f"pod template {path}: must have the keys metadata and spec, like a Pod's template"
             )
+        _check_shape(text, f"pod template {path}")
         check(text, str(path))
         merged = merge(merged, text)
     return merged
@@ -75,9 +78,48 @@ def check(template: Mapping[str, Any], origin: str) -> None:
             raise SpecError(f"pod template {origin}: {place} cannot be set here: {REFUSED[place]}")
         if place.startswith(("metadata.labels." + PREFIX, "metadata.annotations." + PREFIX)):
             raise SpecError(f"pod template {origin}: {place} cannot be set here: {PREFIX} is the executor's")
-    unknown = [c.get("name") for c in template.get("spec", {}).get("containers", []) if not c.get("name")]
-    if unknown:
-        raise SpecError(f"pod template {origin}: a container without a name; the command's is named {MAIN}")
+
+
+def _check_shape(template: Mapping[str, Any], origin: str) -> None:
+    """Raise SpecError where the template holds what cannot be merged: null, too, would wipe out what is below."""
+    metadata, spec = (_mapping(template, key, "", origin) for key in ("metadata", "spec"))
+    for key in ("labels", "annotations"):
+        _mapping(metadata, key, "metadata.", origin)
+    _mapping(spec, "securityContext", "spec.", origin)
+    for key in POD_LISTS:
+        for entry in _entries(spec, key, "spec.", origin):
+            if key in WITH_PARTS:
+                _check_container(entry, f"spec.{key}[{entry['name']}].", origin)
+
+
+def _check_container(entry: Mapping[str, Any], at: str, origin: str) -> None:
+    for key in PART_LISTS:
+        _entries(entry, key, at, origin)
+    _mapping(entry, "securityContext", at, origin)
+    resources = _mapping(entry, "resources", at, origin)
+    for key in ("limits", "requests"):
+        _mapping(resources, key, f"{at}resources.", origin)
+
+
+def _mapping(parent: Mapping[str, Any], key: str, at: str, origin: str) -> Mapping[str, Any]:
+    value = parent.get(key, {})
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{origin}: {at}{key} should be a mapping, not {_shown(value)}")
+    return value
+
+
+def _entries(parent: Mapping[str, Any], key: str, at: str, origin: str) -> list[Mapping[str, Any]]:
+    value, name = parent.get(key, []), KEYS[key]
+    if not isinstance(value, list):
+        raise SpecError(f"{origin}: {at}{key} should be a list of entries with {name}, not {_shown(value)}")
+    for n, entry in enumerate(value):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(name), str | int):
+            raise SpecError(f"{origin}: {at}{key}[{n}] should be an entry with {name}, not {_shown(entry)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _places(value: Any, path: str) -> list[str]:

@@ -109,28 +109,37 @@ def _is_set_up(pod: Json) -> bool:
     )
 
 
-def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, Json] | None:
+def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, str, Json] | None:
+    """The first container that waits for one of these reasons: its pod, its name, its words."""
     for pod in case.pods:
-        for entry in pod.get("status", {}).get("containerStatuses") or []:
+        found = pod.get("status", {})
+        for entry in (*(found.get("initContainerStatuses") or ()), *(found.get("containerStatuses") or ())):
             waiting = entry.get("state", {}).get("waiting") or {}
             if waiting.get("reason") in reasons:
-                return pod, waiting
+                return pod, entry["name"], waiting
     return None
+
+
+def _image_of(pod: Json, name: str) -> str:
+    """The image that a pod's container asks for; its status may name it otherwise."""
+    spec = pod["spec"]
+    containers = (*spec.get("initContainers", ()), *spec["containers"])
+    images: dict[str, str] = {c["name"]: c["image"] for c in containers}
+    return images[name]
 
 
 def image(case: Case) -> Cause | None:
     found = _waiting(case, IMAGE_REASONS)
     if not found:
         return None
-    pod, waiting = found
-    image = pod["spec"]["containers"][0]["image"]
+    pod, name, waiting = found
     # A pull that fails alternates between two reasons.
     reason = (
         "image" if "Pull" in waiting["reason"] and waiting["reason"] not in AT_ONCE else waiting["reason"]
     )
     return Cause(
         reason,
-        f"{name_of(pod)} cannot get its image {image}",
+        f"{name_of(pod)} cannot get its image {_image_of(pod, name)}",
         f"{waiting['reason']}: {waiting.get('message', '')}",
         "check the name, the registry and imagePullSecrets",
     )
@@ -140,7 +149,7 @@ def config(case: Case) -> Cause | None:
     found = _waiting(case, CONFIG_REASONS)
     if not found:
         return None
-    pod, waiting = found
+    pod, _, waiting = found
     return Cause(
         waiting["reason"],
         f"{name_of(pod)} cannot be configured",

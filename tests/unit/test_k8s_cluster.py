@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from kubernetes.config import ConfigException
 
 from snakemake_executor_plugin_kubernetes_gang import __main__ as gc
 from snakemake_executor_plugin_kubernetes_gang import cluster as api
@@ -188,7 +190,7 @@ def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
         listed("20", "three"),
         *["drop"] * 50,
     ]  # fmt: skip
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     until = time.monotonic() + 10
     while len(server.seen) < 5 and time.monotonic() < until:
@@ -210,7 +212,7 @@ def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, clu
         changes(change("DELETED", "one", "3")),
         *["drop"] * 50,
     ]
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     until = time.monotonic() + 10
     while len(server.seen) < 6 and time.monotonic() < until:
@@ -226,7 +228,7 @@ def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, clu
 def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_news(server, cluster):
     """A gang is forgotten before it is deleted; a new one may have its name by then."""
     server.script[:] = [listed("1", "one"), *["drop"] * 50]
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     assert mirror.synced.wait(10)
     mirror.forget("a")
@@ -243,7 +245,7 @@ def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_ne
 def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, answer):
     """As from a proxy in between. A mirror's thread that died of it would never say so."""
     server.script[:] = [(200, {}, answer), listed("1", "one"), (200, {}, answer), changes(change("ADDED", "two", "2")), *["drop"] * 50]  # fmt: skip
-    mirror = Mirror(cluster, "Pod", "", "k")
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     heard = []
     mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
     mirror.start()
@@ -253,6 +255,50 @@ def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, an
     mirror.stop()
     assert heard == ["two"]
     assert "is there a proxy in between?" in cluster.said[0]
+
+
+def test_an_error_of_ours_that_ends_a_mirror_is_told(server, cluster):
+    """Nothing would be seen of the gangs any more, and Snakemake would wait for ever."""
+    server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
+    told = []
+    mirror = Mirror(cluster, "Pod", "", "k", told.append)
+    mirror.changed = lambda thing: 1 / 0
+    mirror.start()
+    mirror.join(10)
+    assert [type(found) for found in told] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+def test_credentials_that_cannot_be_read_for_a_moment_end_no_mirror(server, cluster, requests):
+    """As while a token's file is replaced; before the list, or before the watch."""
+    server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
+    faults = [1, 1]
+
+    def refresh(_):
+        if cluster.requests >= requests and faults:
+            faults.pop()
+            raise ConfigException("Token file exists but empty.")
+
+    cluster._api.configuration.refresh_api_key_hook = refresh
+    mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
+    heard = []
+    mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
+    mirror.start()
+    until = time.monotonic() + 10
+    while not heard and time.monotonic() < until:
+        time.sleep(0.05)
+    mirror.stop()
+    assert heard == ["two"]
+    assert "the credentials cannot be read: Token file exists but empty." in cluster.said[0]
+
+
+def test_credentials_that_cannot_be_read_are_no_answer_to_a_log(cluster):
+    def refresh(_):
+        raise ConfigException("no token")
+
+    cluster._api.configuration.refresh_api_key_hook = refresh
+    with pytest.raises(Unreachable, match="no token"):
+        cluster.log("x", "main")
 
 
 def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
@@ -265,3 +311,64 @@ def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
     assert [(thing["kind"], why) for thing, why in found] == [("Service", "belongs to no gang")]
     assert "Jobs are left out, for they may not be listed" in capsys.readouterr().err
     assert time.monotonic() - begun < 5, "a right that is missing is not waited for"
+
+
+def ended_job(name, made, **fields):
+    return {
+        "kind": "Job",
+        "metadata": {"name": name, "uid": name, "creationTimestamp": made},
+        "status": fields,
+    }
+
+
+def stamp(hours):
+    """A timestamp of the API, some hours ago."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 3600 * hours))
+
+
+def test_gc_counts_from_a_gangs_end(cluster, monkeypatch):
+    """One that ran for longer than --hours is not taken a minute after its end: nobody may have seen it yet."""
+
+    def ended(kind, hours, **more):
+        return {"conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(hours)}], **more}
+
+    there = [
+        ended_job("runs", stamp(60)),
+        ended_job("fresh-failed", stamp(60), **ended("Failed", 0.1)),
+        ended_job("fresh", stamp(60), **ended("Complete", 0.1, completionTime=stamp(0.1))),
+        ended_job("old-failed", stamp(60), **ended("Failed", 30)),
+        ended_job("old", stamp(60), **ended("Complete", 30, completionTime=stamp(30))),
+        ended_job("untold", stamp(60), conditions=[{"type": "Failed", "status": "True"}]),
+    ]
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: there if kind == "Job" else [])
+    found = [thing["metadata"]["name"] for thing, _ in gc.orphans(cluster, 24.0)]
+    assert found == ["old-failed", "old", "untold"]
+
+
+@pytest.fixture
+def one_left(cluster, monkeypatch):
+    """`gc` with one gang to remove; returns a function that runs it."""
+    left = ended_job("left", stamp(60), conditions=[{"type": "Failed", "status": "True"}])
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: [left] if kind == "Job" else [])
+    monkeypatch.setattr(gc, "Cluster", lambda *_: cluster)
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["gc", "gc", *options])
+        gc.main()
+
+    return run
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO("")])
+def test_gc_deletes_nothing_where_nobody_can_be_asked(server, one_left, monkeypatch, capsys, stdin):
+    monkeypatch.setattr("sys.stdin", stdin)
+    one_left()
+    assert "nothing deleted; answer y, or give --yes" in capsys.readouterr().out
+    assert not server.seen
+
+
+def test_gc_says_what_it_may_not_delete(server, one_left):
+    server.script[:] = [error(403, "Forbidden", 'jobs.batch "left" is forbidden: User "x" cannot delete')]
+    with pytest.raises(SystemExit, match=r"1 of 1 could not be deleted:\nJob left: .*cannot delete"):
+        one_left("--yes")
+    assert len(server.seen) == 1, "a right that is missing is not waited for"

@@ -266,3 +266,30 @@ def test_an_error_is_found_behind_the_rank_that_torch_writes_before_it():
     text = "[rank1]: Traceback (most recent call last):\n[rank1]: KeyError: 'labels'\nbye\n"
     cause = explain.explain(Case(failed_job(), [pod(code=1)], tails={0: text}))
     assert cause.evidence == "[rank1]: KeyError: 'labels'"
+
+
+def stuck_pod(kind, name, reason):
+    """A pod of which one container, or init container, waits."""
+    found = pod(phase="Pending", **{kind: [{"name": name, "state": {"waiting": {"reason": reason}}}]})
+    found["spec"]["containers"].append({"name": "side", "image": "registry/side:1"})
+    found["spec"]["initContainers"] = [{"name": "first", "image": "registry/first:1"}]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "image"),
+    [
+        ("containerStatuses", "main", "x"),
+        ("containerStatuses", "side", "registry/side:1"),
+        ("initContainerStatuses", "first", "registry/first:1"),
+    ],
+)
+def test_the_image_that_cannot_be_had_is_named(kind, name, image):
+    """Also of an init container: a gang of one pod would wait for it for ever."""
+    cause = waits.why(Case(JOB, [stuck_pod(kind, name, "ImagePullBackOff")]))
+    assert cause.what.endswith(f"cannot get its image {image}")
+
+
+def test_an_init_container_that_cannot_be_configured_is_seen():
+    stuck = stuck_pod("initContainerStatuses", "first", "CreateContainerConfigError")
+    assert waits.why(Case(JOB, [stuck])).reason == "CreateContainerConfigError"

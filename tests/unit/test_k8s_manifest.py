@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from snakemake_executor_plugin_kubernetes_gang import manifest, template
+from snakemake_executor_plugin_kubernetes_gang.entrypoint import ENTRYPOINT, POLL_S
 from snakemake_executor_plugin_kubernetes_gang.spec import GangSpec, Queue, SpecError, Volume
 
 GOLDEN = Path(__file__).parents[1] / "k8s" / "golden"
@@ -165,6 +166,18 @@ def test_a_slot_has_the_pods_environment_though_ssh_has_given_it_none(tmp_path):
     ]
 
 
+def test_a_token_that_cannot_be_read_for_a_moment_is_passed_over_in_silence(tmp_path):
+    """As on a volume that is away: the pod goes on, and its log is not filled."""
+    (tmp_path / "token").write_text("1\n")
+    env = {
+        "PATH": os.environ["PATH"], "GANG_STATE": str(tmp_path), "GANG_PROJECT": str(tmp_path), "GANG_TOKEN": "1",
+        "GANG_WORKDIR": str(tmp_path), "GANG_COMMAND": "rm token; sleep 1; echo done",
+    }  # fmt: skip
+    text = ENTRYPOINT.replace(f"sleep {POLL_S} &", "sleep 0.1 &")
+    run = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("done\n", "")
+
+
 @pytest.mark.parametrize("priority", ["high", "101", "-1"])
 def test_t9k_priorities_are_numbers(priority):
     with pytest.raises(SpecError, match="from 0 to 100"):
@@ -185,7 +198,6 @@ def test_t9k_priorities_are_numbers(priority):
             "terminationMessagePolicy",
         ),
         ({"metadata": {"labels": {"kubernetes-gang/place": "x"}}}, "kubernetes-gang/place"),
-        ({"spec": {"containers": [{"image": "x"}]}}, "without a name"),
     ],
 )
 def test_what_a_template_may_not_set_is_refused_by_name(changes, place):
@@ -238,6 +250,59 @@ def test_profiles_t9k_gives_ipc_lock_back_and_rdma_when_asked_for():
         main = container_of(spec(**BIG | {"template": template.load(files + more)}, backend="deepspeedjob"))
         assert main["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
         assert ("rdma/rdma_shared_device_a" in main["resources"]["limits"]) == bool(more)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("spec:", "spec should be a mapping, not null"),
+        ("metadata: [a]", 'metadata should be a mapping, not ["a"]'),
+        ("metadata: {labels: x}", 'metadata.labels should be a mapping, not "x"'),
+        ("spec:\n  containers:", "spec.containers should be a list of entries with name, not null"),
+        ("spec: {containers: [main]}", 'spec.containers[0] should be an entry with name, not "main"'),
+        (
+            "spec: {containers: [{image: x}]}",
+            'spec.containers[0] should be an entry with name, not {"image": "x"}',
+        ),
+        ("spec: {volumes: {a: b}}", 'spec.volumes should be a list of entries with name, not {"a": "b"}'),
+        ("spec: {securityContext: }", "spec.securityContext should be a mapping, not null"),
+        (
+            "spec: {containers: [{name: main, env: [{name: A}, {value: x}]}]}",
+            'spec.containers[main].env[1] should be an entry with name, not {"value": "x"}',
+        ),
+        (
+            "spec: {initContainers: [{name: first, volumeMounts: [{name: a}]}]}",
+            'spec.initContainers[first].volumeMounts[0] should be an entry with mountPath, not {"name": "a"}',
+        ),
+        (
+            "spec: {containers: [{name: main, resources: }]}",
+            "spec.containers[main].resources should be a mapping, not null",
+        ),
+        (
+            "spec: {containers: [{name: main, resources: {limits: 2}}]}",
+            "spec.containers[main].resources.limits should be a mapping, not 2",
+        ),
+        (
+            "spec: {volumes: [{name: [a]}]}",
+            'spec.volumes[0] should be an entry with name, not {"name": ["a"]}',
+        ),
+        (
+            "spec: {volumes: [{name: 2026-01-01}, 2026-01-01]}",
+            'spec.volumes[0] should be an entry with name, not {"name": "2026-01-01"}',
+        ),
+    ],
+)
+def test_what_a_template_holds_in_the_wrong_shape_is_named(tmp_path, text, message):
+    (tmp_path / "pod.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        template.load([tmp_path / "pod.yaml"])
+    assert str(caught.value) == f"pod template {tmp_path}/pod.yaml: {message}"
+
+
+def test_names_of_lists_are_free_as_labels(tmp_path):
+    text = "metadata: {labels: {env: prod}}\nspec: {nodeSelector: {volumes: fast}}"
+    (tmp_path / "pod.yaml").write_text(text)
+    assert template.load([tmp_path / "pod.yaml"])["spec"] == {"nodeSelector": {"volumes": "fast"}}
 
 
 @pytest.mark.parametrize("text", ["[1]", "spec: {a: [", "replicas: 2"])

@@ -42,7 +42,7 @@ def made(kind: str = "JobSet", **annotations: str) -> dict:
 
 def all_of(cluster: Cluster) -> tuple[gangs.Gangs, list[str]]:
     said: list[str] = []
-    return gangs.Gangs(cluster, "abcdef", {"Job"}, said.append), said
+    return gangs.Gangs(cluster, "abcdef", {"Job"}, said.append, pytest.fail), said
 
 
 def test_a_gang_of_another_backend_is_ended(tmp_path):

@@ -116,6 +116,12 @@ def test_threads_of_a_pod_are_its_cpus_where_snakemake_has_cut_those_of_the_rule
     assert jobs.thread_variables(threads, nodes, resources)["OMP_NUM_THREADS"] == expected
 
 
+def test_libraries_read_the_variables_of_threads():
+    """Accelerate's, which is Apple's and reads VECLIB_MAXIMUM_THREADS, is in no image."""
+    libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "GOTO")
+    assert jobs.thread_variables(1, 1, {}).keys() == {f"{name}_NUM_THREADS" for name in libraries}
+
+
 def test_proxies_and_named_variables_reach_pods(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/volume/authority.pem")
     monkeypatch.setenv("NO_PROXY", "localhost,.cluster.local")

@@ -98,7 +98,7 @@ def spec_in(tmp_path):
 
 
 def gangs_on(cluster):
-    found = gangs.Gangs(cluster, "here", {"Job"}, lambda text: None)
+    found = gangs.Gangs(cluster, "here", {"Job"}, lambda text: None, pytest.fail)
     for mirror in (found.pods, *found.objects.values()):
         mirror.synced.set()
     return found
