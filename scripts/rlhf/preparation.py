@@ -77,7 +77,7 @@ def _mine(
 ) -> Iterator[tuple[str, Prompt]]:
     """Yield (split, row) of the rows that this phase trains on or is measured on; count the others."""
     how, counts = config["datasets"][name], card["datasets"][name]
-    for raw in progress(datafiles.read(path, how["split"]), name, unit="rows"):
+    for raw in progress(datafiles.read(path, how["split"], name), name, unit="rows"):
         try:
             row = adapt(raw, how["columns"], config["phase"])
         except Unusable as error:
