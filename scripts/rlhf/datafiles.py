@@ -76,7 +76,7 @@ def _published(path: Path, split: str, name: str) -> Iterator[Columns]:
     """
     files = _one(datasets.load_dataset_builder(str(path)).config.data_files, split, name)
     if empty := [file for file in files if not os.path.getsize(file)]:
-        raise DataError(f"{empty[0]} is empty")
+        raise DataError(f"{_as_written(empty[0], path, name)} is empty: put rows into it, or take it out")
     if all(file.endswith(".parquet") for file in files):
         for file in files:
             for batch in ParquetFile(file).iter_batches(BATCH):

@@ -66,8 +66,11 @@ def test_a_missing_split_is_told_with_those_there_are(files, write):
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
 def test_an_empty_file_is_told(files, name):
     (files / name).touch()
-    with pytest.raises(DataError, match=f"{name} is empty"):
+    remedy = "is empty: put rows into it, or take it out"
+    with pytest.raises(DataError, match=rf"^\./data/mine/{name} {remedy}"):
         list(datafiles.read(files.parent, "train", NAME))
+    with pytest.raises(DataError, match=rf"^\./data/{name} {remedy}"):
+        list(datafiles.read(files.parent, "train", f"./data/{name}"))
 
 
 def test_a_damaged_file_is_told(files):
