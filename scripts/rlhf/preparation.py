@@ -84,7 +84,10 @@ def _mine(
             counts[f"dropped: {error}"] += 1
             continue
         except KeyError as error:
-            raise DataError(f"{name} has no column {error}; it has {', '.join(raw)}") from None
+            raise DataError(
+                f"{name} has no column {error}; it has {', '.join(raw)}: name the one to read in `columns` of the"
+                " dataset"
+            ) from None
         if any(special.search(text) for text in (*row.turns, *row.texts())):
             # It would be read as the end of a turn, not as what somebody wrote.
             counts["dropped: holds a special token"] += 1

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import catalog, jsonl, preparation
+from rlhf.errors import DataError
 from rlhf.rows import Rows
 from rlhf.templates import ASSISTANT, TURN_TOKENS, USER
 
@@ -91,3 +92,9 @@ def test_turns_that_are_read_as_plain_text_are_told(tmp_path, tokenizer_path, ca
     _, card = prepared(tmp_path / "more", tokenizer_path, rows + rows_of(30, prompt=dialogue))
     assert card["unread_turns"] == {"builtin/chitchat": 30}
     assert [m for m in caplog.messages if "builtin/chitchat: 30 prompts" in m and "dialogue: true" in m]
+
+
+def test_a_missing_column_is_told_with_what_to_do(tmp_path, tokenizer_path):
+    rows = [{"question": "hello", "answer": "you"}]
+    with pytest.raises(DataError, match="no column 'prompt'; it has question, answer: name .* in `columns`"):
+        prepared(tmp_path, tokenizer_path, rows)
