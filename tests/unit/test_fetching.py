@@ -62,3 +62,16 @@ def test_rows_that_are_a_pointer_of_git_lfs_are_refused_and_a_single_file_is_row
         fetch("dataset", tmp_path / "rows.parquet", tmp_path)
     shutil.copy(Path(__file__).parents[1] / "data/rm-static.json", tmp_path / "rows.json")
     assert fetch("dataset", tmp_path / "rows.json", tmp_path).names == ["rows.json"]
+
+
+def test_files_without_rows_are_told_and_only_on_the_hub_with_its_copies(tmp_path):
+    (tmp_path / "x.txt").write_text("hi")
+    told = r"no rows in Parquet, JSON, JSON lines, CSV or Arrow \(found {}\)"
+    said = told.format(r"x\.txt") + ": convert them to one of these"
+    with pytest.raises(UserError, match=rf"x\.txt: {said}$"):
+        fetch("dataset", tmp_path / "x.txt", tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=told.format("no file")):
+        fetch("dataset", tmp_path / "none", tmp_path)
+    with pytest.raises(UserError, match=told.format("make.py") + r": .* set revision: refs/convert/parquet$"):
+        fetch_dataset.choose(["make.py"], fetch_dataset.HUB_REMEDY)
