@@ -64,7 +64,9 @@ def fetch(
 def _local(name: str, fingerprint: str, choose: Choice) -> Fetched:
     path = Path(name)
     if not path.exists():
-        raise UserError(f"{name} does not exist on the volume ({Path.cwd()}): correct it in config.yaml")
+        raise UserError(
+            f"{name} does not exist on the volume ({Path.cwd()}): bring it there, or correct the path"
+        )
     if store.fingerprint(path) != fingerprint:
         raise UserError(f"{name} has changed since the run was planned: start it again")
     folder = path if path.is_dir() else path.parent
