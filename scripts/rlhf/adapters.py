@@ -135,8 +135,9 @@ def _reply(value: Any) -> str:
     """Return a reply's text; of messages, the last one's."""
     if isinstance(value, list) and value:
         _, value = _message(value[-1])
-    if not isinstance(value, str | None) and value != []:
+    value = "" if value in (None, []) else value
+    if not isinstance(value, str):
         raise Unusable("a reply that is no text")
-    if not value or not value.strip():
+    if not value.strip():
         raise Unusable("an empty reply")
     return value.strip()

@@ -97,7 +97,7 @@ def test_turns_that_are_read_as_plain_text_are_told(tmp_path, tokenizer_path, ca
 
 def test_a_missing_column_is_told_with_what_to_do(tmp_path, tokenizer_path):
     rows = [{"question": "hello", "answer": "you"}]
-    with pytest.raises(DataError, match="no column 'prompt'; it has question, answer: name .* in `columns`"):
+    with pytest.raises(DataError, match=r"no column 'prompt'; it has question, answer: name .* in `columns`"):
         prepared(tmp_path, tokenizer_path, rows)
 
 
