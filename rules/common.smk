@@ -85,7 +85,7 @@ def load_plan():
         )
         planning.refuse_unknown(plan, (t for t in requested_targets() if t != "all"))
         planning.refuse_misplaced(
-            plan,
+            settings,
             requested_scenarios(),
             lambda source: Path(settings.pvc, source).exists(),
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import PurePath
 
-from rlhf import fetching, stage, store
+from rlhf import catalog, fetching, stage, store
 from rlhf.errors import UserError, run_main
 
 DATA = {".parquet", ".json", ".jsonl", ".csv", ".arrow"}
 PACKED = {".gz", ".zst", ".xz", ".bz2"}
 CARDS = ("README.md", "dataset_infos.json")  # which file belongs to which split
+
+LOCAL_REMEDY = "convert them to one of these"
+HUB_REMEDY = "if a script makes the dataset, the Hub keeps a copy: set revision: refs/convert/parquet"
 
 
 def is_data(name: str) -> bool:
@@ -20,22 +24,25 @@ def is_data(name: str) -> bool:
     return name not in CARDS and bool(DATA & set(last))
 
 
-def choose(names: Iterable[str]) -> list[str]:
-    """Return the files that are needed: rows, and the cards that name the splits."""
+def choose(names: Iterable[str], remedy: str = LOCAL_REMEDY) -> list[str]:
+    """Return the files that are needed: rows, and the cards that name the splits.
+
+    Raises:
+        UserError: no file holds rows; `remedy` says what to do.
+    """
     names = list(names)
     found = [n for n in names if is_data(n)]
     if not found:
-        raise UserError(
-            "there are no rows in Parquet, JSON, JSON lines, CSV or Arrow; there are"
-            f" {', '.join(sorted(names)[:20])}. For a dataset that is made by a script the Hub keeps a copy:"
-            " set revision: refs/convert/parquet"
-        )
+        there = ", ".join(sorted(names)[:20]) or "no file"
+        raise UserError(f"no rows in Parquet, JSON, JSON lines, CSV or Arrow (found {there}): {remedy}")
     return found + [n for n in names if n in CARDS]
 
 
 def main() -> None:
     args = stage.arguments(__doc__)
-    fetched = fetching.fetch("dataset", args, choose)
+    name = args.spec["config"]["dataset"]
+    remedy = HUB_REMEDY if catalog.kind(name) == "hub" else LOCAL_REMEDY
+    fetched = fetching.fetch("dataset", args, partial(choose, remedy=remedy))
     with stage.publish(args) as draft:
         draft.provenance["source"] = fetched.source
         for name in fetched.names:

@@ -90,7 +90,7 @@ def _turns(value: Any, dialogue: bool) -> Turns:
             raise Unusable("a system message, which is not supported")
         turns = _alternating(speakers, "user", "assistant")
     elif not isinstance(value, str):
-        raise Unusable("no prompt")
+        raise Unusable("no prompt" if value is None else "a prompt that is no text")
     else:
         turns = _dialogue(value) if dialogue else (value.strip(),)
     if not all(turns):
@@ -135,6 +135,9 @@ def _reply(value: Any) -> str:
     """Return a reply's text; of messages, the last one's."""
     if isinstance(value, list) and value:
         _, value = _message(value[-1])
-    if not isinstance(value, str) or not value.strip():
+    value = "" if value in (None, []) else value
+    if not isinstance(value, str):
+        raise Unusable("a reply that is no text")
+    if not value.strip():
         raise Unusable("an empty reply")
     return value.strip()

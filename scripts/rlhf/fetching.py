@@ -69,7 +69,9 @@ def fetch(
 def _local(name: str, fingerprint: str, choose: Choice) -> Fetched:
     path = Path(name)
     if not path.exists():
-        raise UserError(f"{name} does not exist on the volume ({Path.cwd()}): correct it in config.yaml")
+        raise UserError(
+            f"{name} does not exist on the volume ({Path.cwd()}): bring it there, or correct the path"
+        )
     folder = path if path.is_dir() else path.parent
     files = [
         p.relative_to(folder) for p in sorted(path.rglob("*") if path.is_dir() else [path]) if p.is_file()

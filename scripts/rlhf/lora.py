@@ -25,7 +25,7 @@ HEAD = "score"  # a scorer's head is new: it is trained in any case
 class LoraLinear(nn.Linear):
     """A linear layer with a low-rank addition: W x + b + alpha / dim * B (A x)."""
 
-    def __init__(self, base: nn.Linear, dim: int, alpha: float, noise: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, dim: int, alpha: float, seed: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -47,8 +47,8 @@ class LoraLinear(nn.Linear):
         return (self.weight.float() + addition).to(self.weight.dtype)
 
 
-def add(model: Any, config: Lora, noise: torch.Generator) -> None:
-    """Put adapters beside the target layers of `model`, drawn from `noise`, and freeze what is not trained.
+def add(model: Any, config: Lora, seed: int) -> None:
+    """Put adapters beside the target layers of `model`, and freeze what is not trained.
 
     Raises:
         DataError: a target's name matches no linear layer.
@@ -64,6 +64,7 @@ def add(model: Any, config: Lora, noise: torch.Generator) -> None:
     if config.only:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[0] == HEAD)
+    noise = torch.Generator().manual_seed(seed)
     for name, layer in chosen.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], LoraLinear(layer, config.dim, config.alpha, noise))

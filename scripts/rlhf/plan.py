@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import posixpath
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +16,7 @@ from urllib.parse import quote
 from rlhf import catalog, store
 from rlhf.config import Config, Dataset, Model, Run, Scenario
 from rlhf.errors import ConfigError
+from rlhf.layers import listing
 
 # The entry script of each kind of artefact: its code is part of the artefact's name.
 ENTRY = {
@@ -120,7 +121,7 @@ def refuse_unknown(made: Plan, targets: Iterable[str]) -> None:
         )
 
 
-def refuse_misplaced(made: Plan, scenarios: Iterable[str], exists: Callable[[str], bool]) -> None:
+def refuse_misplaced(config: Config, scenarios: Iterable[str], exists: Callable[[str], bool]) -> None:
     """Refuse sources of the volume that are not there, and names of the Hub that lie on the volume.
 
     Args:
@@ -128,22 +129,38 @@ def refuse_misplaced(made: Plan, scenarios: Iterable[str], exists: Callable[[str
         exists: whether there is such a path on the volume.
 
     Raises:
-        ConfigError: with the name and what to write instead.
+        ConfigError: with all of them, each with scenarios, field and what to do.
     """
-    for artefact in made.artefacts.values():
-        if artefact.script not in FETCH.values() or not set(artefact.scenarios) & set(scenarios):
-            continue
-        name = artefact.spec["config"][artefact.stage]
-        hub, there = catalog.kind(name) == "hub", exists(name)
-        if hub and there:
-            raise ConfigError(
-                f"{artefact.stage} {name} is a repository on the Hub, and there is a directory of that name on"
-                f" the volume: write ./{name} in config.yaml for the directory, or move that away"
-            )
-        if not hub and not there:
-            raise ConfigError(
-                f"{artefact.stage} {name} does not exist on the volume: correct it in config.yaml, or bring it"
-            )
+    who: dict[str, list[str]] = {}  # mistake -> scenarios
+    for scenario in dict.fromkeys(s for s in scenarios if s in config.scenarios):
+        for field, name in _sources(config.scenarios[scenario]):
+            if why := _misplaced(field, name, exists(name), posixpath.abspath(config.pvc)):
+                who.setdefault(f"{field} = {name!r}: {why}", []).append(scenario)
+    if who:
+        raise ConfigError(listing([f"{', '.join(theirs)}: {mistake}" for mistake, theirs in who.items()]))
+
+
+def _sources(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a scenario that name models and datasets, and the names."""
+    yield "actor.model", scenario.actor.model
+    yield "reward.model", scenario.reward.model
+    for stage in ("sft", "reward", "rlhf"):
+        yield from ((f"{stage}.datasets", dataset.name) for dataset in getattr(scenario, stage).datasets)
+
+
+def _misplaced(field: str, name: str, there: bool, volume: str) -> str | None:
+    """Return why a source is not where its name says, and what to do; None if it may be there."""
+    kind = catalog.kind(name)
+    if kind == "hub" and there:
+        return (
+            "this is a repository on the Hub, and there is a directory of that name on the volume: write"
+            f" ./{name} for the directory, or move that away"
+        )
+    if kind == "local" and not there:
+        what = "directory" if field.endswith("model") else "file or directory"
+        where = "" if name.startswith("/") else f" below pvc ({volume})"
+        return f"no such {what}{where}: bring it there, or correct the path"
+    return None
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-import torch
 
 
 class Purpose(IntEnum):
@@ -29,6 +28,6 @@ def rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *numbers])
 
 
-def torch_rng(seed: int, purpose: Purpose) -> torch.Generator:
-    """Return the same for torch, on the CPU."""
-    return torch.Generator().manual_seed(int(rng(seed, purpose).integers(2**63)))
+def number(seed: int, purpose: Purpose) -> int:
+    """Return the seed of a purpose, for generators of another library."""
+    return int(rng(seed, purpose).integers(2**63))

@@ -148,7 +148,7 @@ def test_a_new_head_fits_what_the_model_gives_out(scorer, name):
 
 def test_adapters_stand_beside_every_linear_layer_of_a_decoder_layer(model):
     inside = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
-    lora.add(model, Lora(dim=2, alpha=2.0, learning_rate=1e-3), torch.Generator().manual_seed(1))
+    lora.add(model, Lora(dim=2, alpha=2.0, learning_rate=1e-3), seed=1)
     assert sorted(lora.layers(model)) == sorted(inside)
     assert len(inside) >= 8
 

@@ -34,7 +34,7 @@ def settings(**values):
 def adapted(model, perturbed=True, **values):
     """Return a copy with adapters; with B = 0 they would do nothing, so B gets random values."""
     made = copy.deepcopy(model)
-    lora.add(made, settings(**values), torch.Generator().manual_seed(1))
+    lora.add(made, settings(**values), seed=1)
     if perturbed:
         noise = torch.Generator().manual_seed(2)
         with torch.no_grad():
@@ -158,13 +158,13 @@ def test_an_unknown_family_must_name_its_targets(actor):
     model = copy.deepcopy(actor)
     model.config.model_type = "gpt2"
     with pytest.raises(DataError, match=r"gpt2 .*not known.*lora\.targets"):
-        lora.add(model, settings(), torch.Generator().manual_seed(1))
+        lora.add(model, settings(), seed=1)
 
 
 def test_the_seed_decides_where_adapters_start(actor):
     one, two, other = (copy.deepcopy(actor) for _ in range(3))
     for model, seed in ((one, 1), (two, 1), (other, 2)):
-        lora.add(model, settings(), torch.Generator().manual_seed(seed))
+        lora.add(model, settings(), seed)
     first, second, third = (next(iter(lora.layers(m).values())).lora_A for m in (one, two, other))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)

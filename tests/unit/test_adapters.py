@@ -87,6 +87,8 @@ def test_a_prompt_is_in_one_phase_over_all_datasets_and_however_a_conversation_g
         (["hi"], "a message without role and content"),
         ([{"role": "user", "content": None}], "a message without text"),
         (None, "no prompt"),
+        (5, "a prompt that is no text"),
+        ({"role": "user", "content": "hi"}, "a prompt that is no text"),
     ],
 )
 def test_a_prompt_that_is_no_conversation_is_unusable_with_the_reason(prompt, why):
@@ -100,6 +102,7 @@ def test_a_prompt_that_is_no_conversation_is_unusable_with_the_reason(prompt, wh
         ("", "an empty reply"),
         (None, "an empty reply"),
         ([], "an empty reply"),
+        (5, "a reply that is no text"),
         (["good"], "a message without role and content"),
         ([{"role": "assistant", "content": None}], "a message without text"),
         (" bad", "the same"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+import re
 
 import datasets
 import pyarrow as pa
@@ -11,6 +13,8 @@ from rlhf import datafiles
 from rlhf.errors import DataError
 
 ROWS = [{"prompt": f"p{i}", "chosen": [{"role": "user", "content": str(i)}]} for i in range(2500)]
+
+NAME = "./data/mine"
 
 
 @pytest.fixture
@@ -44,29 +48,73 @@ def write_saved_alone(files):
 @pytest.mark.parametrize("write", [write_jsonl, write_json, write_parquet, write_saved, write_saved_alone])
 def test_every_format_gives_the_same_rows_in_order(files, write):
     write(files)
-    assert list(datafiles.read(files.parent, "train")) == ROWS
+    assert list(datafiles.read(files.parent, "train", NAME)) == ROWS
 
 
 def test_csv_gives_text(files):
     (files / "train.csv").write_text('prompt,response\nhello,"a, b"\n')
-    assert list(datafiles.read(files.parent, "train")) == [{"prompt": "hello", "response": "a, b"}]
+    assert list(datafiles.read(files.parent, "train", NAME)) == [{"prompt": "hello", "response": "a, b"}]
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_saved])
 def test_a_missing_split_is_told_with_those_there_are(files, write):
     write(files)
-    with pytest.raises(DataError, match="no split 'test'; there are train"):
-        list(datafiles.read(files.parent, "test"))
+    with pytest.raises(DataError, match=r"^\./data/mine has no split 'test'; there are train"):
+        list(datafiles.read(files.parent, "test", NAME))
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
 def test_an_empty_file_is_told(files, name):
     (files / name).touch()
-    with pytest.raises(DataError, match=f"{name} is empty"):
-        list(datafiles.read(files.parent, "train"))
+    remedy = "is empty: put rows into it, or take it out"
+    with pytest.raises(DataError, match=rf"^\./data/mine/{name} {remedy}"):
+        list(datafiles.read(files.parent, "train", NAME))
+    with pytest.raises(DataError, match=rf"^\./data/{name} {remedy}"):
+        list(datafiles.read(files.parent, "train", f"./data/{name}"))
 
 
 def test_a_damaged_file_is_told(files):
     (files / "train.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="cannot read split 'train'"):
-        list(datafiles.read(files.parent, "train"))
+    with pytest.raises(DataError, match=r"^cannot read split 'train' of \./data/mine: "):
+        list(datafiles.read(files.parent, "train", NAME))
+
+
+def broken(place, bad, rows=20):
+    """Return lines of JSON of which those at `place`, counted from 1, are replaced."""
+    lines = [json.dumps(row) for row in ROWS[:rows]]
+    for number in place:
+        lines[number - 1] = bad
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("bad", "encoding", "said"),
+    [
+        ('{"prompt": "do you like fish n', "utf-8", 'not JSON ({"prompt": "do you like fish n)'),
+        ('{"prompt": "' + "x" * 99, "utf-8", 'not JSON ({"prompt": "' + "x" * 48 + "...)"),
+        ('{"prompt": "\u00e9"}', "latin-1", 'not UTF-8 ({"prompt": "\ufffd"})'),
+        ("[1, 2]", "utf-8", "not a JSON object ([1, 2])"),
+    ],
+)
+def test_a_broken_line_is_told_by_its_number_and_the_users_name(files, bad, encoding, said):
+    (files / "mine.jsonl").write_bytes(broken([11, 15], bad).encode(encoding))
+    whole = f"./data/mine.jsonl, line 11: {said}: correct or remove the line (2 such lines)"
+    with pytest.raises(DataError, match=f"^{re.escape(whole)}$"):
+        list(datafiles.read(files.parent, "train", "./data/mine.jsonl"))
+
+
+def test_one_broken_line_in_a_later_file_of_a_directory_is_told_with_the_file(files):
+    write_jsonl(files, "train-1.jsonl")
+    (files / "train-2.jsonl.gz").write_bytes(gzip.compress(broken([3], "oops").encode()))
+    whole = "./data/train-2.jsonl.gz, line 3: not JSON (oops): correct or remove the line"
+    with pytest.raises(DataError, match=f"^{re.escape(whole)}$"):
+        list(datafiles.read(files.parent, "train", "./data/"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(broken([3], "oops"), "line 3"), ("[\n1,\n2", "cannot read split")]
+)
+def test_json_is_read_by_lines_only_where_it_is_lines(files, text, said):
+    (files / "train.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        list(datafiles.read(files.parent, "train", NAME))

@@ -72,3 +72,16 @@ def test_a_file_that_changes_while_it_is_brought_is_refused(tmp_path):
         file.write("\n")
     with pytest.raises(UserError, match=r"rows\.json has changed since the run was planned: start it again"):
         fetched.refuse_change()
+
+
+def test_files_without_rows_are_told_and_only_on_the_hub_with_its_copies(tmp_path):
+    (tmp_path / "x.txt").write_text("hi")
+    told = r"no rows in Parquet, JSON, JSON lines, CSV or Arrow \(found {}\)"
+    said = told.format(r"x\.txt") + ": convert them to one of these"
+    with pytest.raises(UserError, match=rf"x\.txt: {said}$"):
+        fetch("dataset", tmp_path / "x.txt", tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=told.format("no file")):
+        fetch("dataset", tmp_path / "none", tmp_path)
+    with pytest.raises(UserError, match=told.format("make.py") + r": .* set revision: refs/convert/parquet$"):
+        fetch_dataset.choose(["make.py"], fetch_dataset.HUB_REMEDY)

@@ -78,23 +78,46 @@ def test_a_value_changes_its_own_stage_and_what_follows(override, stages_that_ch
     assert changed(override) == stages_that_change
 
 
+def loaded(**scenarios):
+    return config.load(TREE | {"pvc": "/volume", "scenarios": copy.deepcopy(scenarios)})
+
+
 @pytest.mark.parametrize(
     ("name", "exists", "said"),
     [
-        ("models/opt-13b", True, r"write ./models/opt-13b in config.yaml for the directory"),
+        ("models/opt-13b", True, r"write ./models/opt-13b for the directory"),
         ("models/opt-13b", False, None),
         ("./models/opt-13b", True, None),
-        ("./models/opt-13b", False, "model ./models/opt-13b does not exist on the volume"),
+        ("./models/opt-13b", False, "a: actor.model = './models/opt-13b': no such directory below pvc"),
     ],
 )
 def test_a_source_that_is_not_where_its_name_says_is_refused_for_who_asks(name, exists, said):
-    made = planned(a={"actor": {"model": name}}, b={})
-    refuse_misplaced(made, ["b"], lambda _: exists)
+    settings = loaded(a={"actor": {"model": name}}, b={})
+    refuse_misplaced(settings, ["b"], lambda _: exists)
     if said is None:
-        refuse_misplaced(made, ["a"], lambda _: exists)
+        refuse_misplaced(settings, ["a"], lambda _: exists)
     else:
         with pytest.raises(ConfigError, match=said):
-            refuse_misplaced(made, ["a"], lambda _: exists)
+            refuse_misplaced(settings, ["a"], lambda _: exists)
+
+
+def test_all_missing_paths_are_told_at_once_with_scenarios_and_fields():
+    rows = {"name": "./no.jsonl", "columns": {"prompt": "p", "chosen": "c", "rejected": "r"}}
+    lacking = {"actor": {"model": "./no"}, "sft": {"datasets": [rows]}, "rlhf": {"datasets": [rows]}}
+    settings = loaded(
+        a=lacking, b={"base": "a", "reward": {"model": "/else/no"}}, c={"actor": {"model": "./c"}}
+    )
+    with pytest.raises(ConfigError) as caught:
+        refuse_misplaced(settings, ["a", "b", "nobody"], lambda _: False)
+    assert str(caught.value) == (
+        "4 mistakes in the configuration:\n"
+        "  - a, b: actor.model = './no': no such directory below pvc (/volume): bring it there, or correct the path\n"
+        "  - a, b: sft.datasets = './no.jsonl': no such file or directory below pvc (/volume): bring it there, or"
+        " correct the path\n"
+        "  - a, b: rlhf.datasets = './no.jsonl': no such file or directory below pvc (/volume): bring it there, or"
+        " correct the path\n"
+        "  - b: reward.model = '/else/no': no such directory: bring it there, or correct the path"
+    )
 
 
 @pytest.mark.parametrize(

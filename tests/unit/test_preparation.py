@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import catalog, jsonl, preparation
+from rlhf.errors import DataError
 from rlhf.rows import Rows
 from rlhf.templates import ASSISTANT, TURN_TOKENS, USER
 
@@ -30,12 +32,12 @@ def tokenizer_path(tmp_path):
     return tmp_path / "tokenizer"
 
 
-def prepared(tmp_path, tokenizer_path, rows, phase="sft"):
+def prepared(tmp_path, tokenizer_path, rows, phase="sft", **changes):
     (tmp_path / "set/files").mkdir(parents=True)
     jsonl.write(tmp_path / "set/files/train.jsonl", rows)
     columns = catalog.COLUMNS["builtin/chitchat"]
     how = {"builtin/chitchat": {"split": "train", "columns": columns}}
-    config = {"phase": phase, "max_tokens": 60, **SHARES, "datasets": how}
+    config = {"phase": phase, "max_tokens": 60, **SHARES, "datasets": how, **changes}
     preparation.prepare(config, tokenizer_path, {"builtin/chitchat": tmp_path / "set"}, tmp_path / "out")
     return tmp_path / "out", json.loads((tmp_path / "out/card.json").read_text())
 
@@ -87,7 +89,79 @@ def test_turns_that_are_read_as_plain_text_are_told(tmp_path, tokenizer_path, ca
     plain = ["Human: hi", "What does Human: mean?\n\nAssistant: is a word", "say Human: hi Assistant: ho"]
     rows = [row for text in plain for row in rows_of(30, prompt=text)]
     _, card = prepared(tmp_path, tokenizer_path, rows)
-    assert (sum(card["unread_turns"].values()), caplog.messages) == (0, [])
+    assert (sum(card["unread_turns"].values()), caplog.messages) == (0, [])  # what is above INFO
     _, card = prepared(tmp_path / "more", tokenizer_path, rows + rows_of(30, prompt=dialogue))
     assert card["unread_turns"] == {"builtin/chitchat": 30}
     assert [m for m in caplog.messages if "builtin/chitchat: 30 prompts" in m and "dialogue: true" in m]
+
+
+def test_a_missing_column_is_told_with_what_to_do(tmp_path, tokenizer_path):
+    rows = [{"question": "hello", "answer": "you"}]
+    with pytest.raises(DataError, match=r"no column 'prompt'; it has question, answer: name .* in `columns`"):
+        prepared(tmp_path, tokenizer_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (
+            rows_of(90, response="z" * 70),
+            {},
+            r"no train row is left for phase sft \(no train or eval row from builtin/chitchat; left to other phases"
+            r" \d+; dropped \d+: longer than 60 tokens \(\d+\)\): raise max_tokens$",
+        ),
+        (
+            rows_of(90, prompt="z" * 70),
+            {"phase": "rlhf"},
+            r"dropped \d+: longer than 60 tokens \(\d+\)\): raise max_prompt_tokens$",
+        ),
+        (
+            rows_of(90, prompt="") + rows_of(3, response=None),
+            {},
+            r"dropped 93: an empty turn \(90\), an empty reply \(3\)\): correct the rows, or what `columns` says of"
+            " them$",
+        ),
+        (
+            rows_of(90),
+            {"shares": {"sft": 0.0, "reward": 1.0, "rlhf": 1.0}},
+            r"\(0 train and \d+ eval rows from builtin/chitchat; left to other phases \d+\): bring more rows, or"
+            r" raise data.shares.sft$",
+        ),
+        (
+            rows_of(90),
+            {"eval_share": 1e-9},
+            r"no eval row is left for phase sft \(\d+ train and 0 eval rows from builtin/chitchat; left .*\): bring"
+            r" more rows, or raise data.eval_share$",
+        ),
+    ],
+)
+def test_a_split_without_rows_is_told_with_the_counts_and_a_remedy(
+    tmp_path, tokenizer_path, rows, changes, said
+):
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path, tokenizer_path, rows, **changes)
+
+
+@pytest.mark.parametrize(("long", "level"), [(40, logging.INFO), (300, logging.WARNING)])
+def test_what_became_of_the_rows_is_told(tmp_path, tokenizer_path, caplog, long, level):
+    """Loudly where the phase lost more than half of its rows; what is left to others is no loss."""
+    caplog.set_level(logging.INFO)
+    rows = rows_of(90) + rows_of(2, prompt=None) + rows_of(long, response="z" * 70)
+    _, card = prepared(tmp_path, tokenizer_path, rows)
+    counts = card["datasets"]["builtin/chitchat"]
+    too_long = counts["dropped: longer than 60 tokens"]
+    (told,) = [r for r in caplog.records if r.name == "rlhf.preparation"]
+    assert told.levelno == level
+    assert told.message == (
+        f"{counts['train']} train and {counts['eval']} eval rows from builtin/chitchat; left to other phases"
+        f" {counts['left to reward'] + counts['left to rlhf']}; dropped {too_long + 2}: longer than 60 tokens"
+        f" ({too_long}), no prompt (2)"
+    )
+
+
+@pytest.mark.parametrize(("unfit", "level"), [(60, logging.INFO), (100, logging.WARNING)])
+def test_rows_that_are_unfit_count_for_the_phase_by_its_share(tmp_path, tokenizer_path, caplog, unfit, level):
+    caplog.set_level(logging.INFO)
+    prepared(tmp_path, tokenizer_path, rows_of(90) + rows_of(unfit, prompt=None))
+    (told,) = [r for r in caplog.records if r.name == "rlhf.preparation"]
+    assert told.levelno == level
