@@ -25,7 +25,7 @@ HEAD = "score"  # a scorer's head is new: it is trained in any case
 class LoraLinear(nn.Linear):
     """A linear layer with a low-rank addition: W x + b + alpha / dim * B (A x)."""
 
-    def __init__(self, base: nn.Linear, dim: int, alpha: float, seed: int) -> None:
+    def __init__(self, base: nn.Linear, dim: int, alpha: float, noise: torch.Generator) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias

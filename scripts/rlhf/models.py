@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf import families, lora, packing, parallel, sharding
 from rlhf.config import Lora
 from rlhf.errors import DataError, UserError, one_line
-from rlhf.streams import Purpose, number
+from rlhf.streams import Purpose, seed_of
 from rlhf.tokens import Packed, Padded
 
 transformers_logging.disable_progress_bar()  # one bar per load is noise
@@ -72,7 +72,7 @@ def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTra
     )  # fmt: skip
     head: Tensor = model.score.weight
     with sharding.whole([head], changed=True), torch.no_grad():
-        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(number(seed, Purpose.HEAD)))
+        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed_of(seed, Purpose.HEAD)))
         head.copy_(noise / (head.shape[1] + 1) ** 0.5)
     return model
 

@@ -32,7 +32,7 @@ from rlhf.ptx import Ptx
 from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
 from rlhf.state import State
-from rlhf.streams import Purpose, number, rng
+from rlhf.streams import Purpose, rng, seed_of
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def _learner(
         batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps
     )  # fmt: skip
     if config.actor_lora:
-        lora.add(models.actor, config.actor_lora, number(seed, Purpose.LORA))
+        lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
     if config.critic_lora:
-        lora.add(models.critic, config.critic_lora, number(seed, Purpose.CRITIC_LORA))
+        lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
     dtype, offloads, reference = config.dtype, "reference" in run.offload, models.reference
     engines = Models(
         engine.initialise(models.actor, config.actor, config.actor_lora, both, dtype, steps, run),

@@ -28,6 +28,6 @@ def rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *numbers])
 
 
-def number(seed: int, purpose: Purpose) -> int:
+def seed_of(seed: int, purpose: Purpose) -> int:
     """Return the seed of a purpose, for generators of another library."""
     return int(rng(seed, purpose).integers(2**63))

@@ -17,7 +17,7 @@ from rlhf.models import evaluating
 from rlhf.progress import progress
 from rlhf.rows import Ids, Rows
 from rlhf.state import State
-from rlhf.streams import Purpose, number
+from rlhf.streams import Purpose, seed_of
 from rlhf.tokens import Packed, Padded
 
 Batch = Sequence[list[Ids]]
@@ -55,7 +55,7 @@ def train(
     rows, held_out = Rows(data / "train"), Rows(data / "eval")
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     if config.lora:
-        lora.add(model, config.lora, number(seed, Purpose.LORA))
+        lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
     if task.pack_width is not None:
         packing.choose(model, config.dtype)
     trained = engine.initialise(model, config.optimizer, config.lora, batch, config.dtype, steps, run)

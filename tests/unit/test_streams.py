@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from rlhf.streams import Purpose, number, rng
+from rlhf.streams import Purpose, rng, seed_of
 
 
 def test_no_two_purposes_share_a_stream():
@@ -16,5 +16,5 @@ def test_no_two_purposes_share_a_stream():
 def test_a_seed_decides_a_stream():
     draws = [tuple(rng(seed, Purpose.ROLLOUT, 3).integers(2**63, size=2)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    states = [number(seed, Purpose.HEAD) for seed in (1, 1, 2)]
+    states = [seed_of(seed, Purpose.HEAD) for seed in (1, 1, 2)]
     assert states[0] == states[1] != states[2]
