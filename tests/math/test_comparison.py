@@ -14,6 +14,7 @@ import trainings
 from rlhf import builtin_opt, comparison, config, models, rollout
 from rlhf.engine import Root
 from rlhf.generation import Sampling
+from rlhf.streams import Purpose
 from rlhf.templates import load_tokenizer
 
 CONFIG = {"prompts": 21, "max_new_tokens": 6, "temperature": 0.5, "seed": 3, "judge": "vader"}
@@ -84,7 +85,7 @@ def test_the_divergence_is_that_of_what_was_sampled(compared):
     )
     sampling = Sampling(6, 0.5, tokenizer.eos_token_id, tokenizer.pad_token_id)
     prompts = [np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)]
-    made = rollout.reply(after.model, prompts, sampling, 1, rollout.EVALUATION, range(2))
+    made = rollout.reply(after.model, prompts, sampling, 1, Purpose.EVALUATION, range(2))
     seen = rollout.observe(rollout.Models(after, judge, before, judge), made, 0.5, 2)
     kl = ((seen.old_logprobs - seen.ref_logprobs) * seen.response_mask).sum(-1)
     rows = comparison._looked_at(made, after, before, judge, tokenizer, config.Eval(**CONFIG), 2)
@@ -108,7 +109,7 @@ def test_models_read_no_more_replies_at_a_time_than_in_step_3(compared):
     tokenizer = load_tokenizer(root / "sft/model")
     sampling = Sampling(6, 0.5, tokenizer.eos_token_id, tokenizer.pad_token_id)
     prompts = [np.arange(5, 7 + n, dtype=np.int32) for n in range(5)]
-    made = rollout.reply(after.model, prompts, sampling, 1, rollout.EVALUATION, range(5))
+    made = rollout.reply(after.model, prompts, sampling, 1, Purpose.EVALUATION, range(5))
     whole, cut = (
         comparison._looked_at(made, after, before, judge, tokenizer, config.Eval(**CONFIG), size)
         for size in (5, 2)

@@ -135,7 +135,7 @@ def seen(actor, scorers, sequences):
     """A rollout at temperature 0.7 of three prompts."""
     critic, judge = map(Root, scorers)
     sampling, prompts = Sampling(6, 0.7, trainings.EOS, trainings.PAD), sequences(3, 9, 5)
-    made = rollout.reply(actor, prompts, sampling, trainings.SEED, rollout.ROLLOUT, range(3))
+    made = rollout.reply(actor, prompts, sampling, trainings.SEED, Purpose.ROLLOUT, range(3))
     return rollout.observe(Models(Root(actor), critic, Root(actor), judge), made, 0.7, micro_batch_size=2)
 
 
