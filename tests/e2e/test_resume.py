@@ -113,6 +113,7 @@ def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
         assert first.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one has begun
     assert start(smoke, "sft", published, tmp_path).wait(timeout=600) == 2
     assert "makes the same artefact" in (tmp_path / "log").read_text()
     os.killpg(first.pid, signal.SIGKILL)
