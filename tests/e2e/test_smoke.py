@@ -254,8 +254,9 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(smoke):
     config = "scenarios: {stopped: {base: smoke, sft: {eval_rows: 2047, run: {save_steps: 20}}}}"
     command = smoke.command("results/stopped/sft/actor", config=config)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    there = set(smoke.volume.glob("work/sft/*/step-*[0-9]"))
     process = subprocess.Popen(command, cwd=smoke.project, start_new_session=True, **quiet)
-    wait_for(lambda: list(smoke.volume.glob("work/sft/*/step-*[0-9]")))
+    wait_for(lambda: set(smoke.volume.glob("work/sft/*/step-*[0-9]")) - there)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert (process.returncode, "Traceback" in said) == (1, False)
@@ -278,9 +279,9 @@ def test_a_training_that_diverges_ends_in_a_sentence_that_stands_below_everythin
 def test_what_a_training_publishes_after_snakemake_was_killed_is_taken_as_it_is(smoke):
     config = "scenarios: {short: {base: smoke, sft: {steps: 60}}}"
     targets, store = ("results/short/sft/actor", "results/short/sft/curves.png"), smoke.volume / "store/sft"
-    there = set(store.iterdir())
+    there, locks = set(store.iterdir()), set(smoke.volume.glob("work/sft/*/lock"))
     process = smoke.start(*targets, config=config)
-    (lock,) = wait_for(lambda: list(smoke.volume.glob("work/sft/*/lock")))
+    (lock,) = wait_for(lambda: set(smoke.volume.glob("work/sft/*/lock")) - locks)
     process.kill()  # its job runs on
     process.wait()
     (made,) = wait_for(lambda: [p for p in set(store.iterdir()) - there if not p.name.startswith(".")])
