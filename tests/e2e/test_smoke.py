@@ -231,7 +231,7 @@ def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):
 
 
 def test_a_training_that_fails_half_way_keeps_the_old_result_and_its_state(smoke):
-    config = "scenarios: {smoke: {rlhf: {kl_coef: 0.3}}}"
+    config = "scenarios: {smoke: {rlhf: {kl_coef: 0.4}}}"
     old = smoke.artefact("smoke/rlhf/actor")
     process = smoke.start(ACTOR, config=config)
     lock = wait_for(

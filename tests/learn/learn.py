@@ -21,7 +21,7 @@ sys.path.insert(0, str(PROJECT / "scripts"))
 from rlhf import health  # noqa: E402
 
 SEEDS = tuple(int(seed) for seed in os.environ.get("LEARN_SEEDS", "1 2 3").split())
-FOUR_EPOCHS = {"ppo_epochs": 4, "kl_coef": 0.3, "actor": {"learning_rate": 1.0e-4}}
+FOUR_EPOCHS = {"ppo_epochs": 4, "kl_coef": 0.35, "actor": {"learning_rate": 1.0e-4}}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def test_the_plan_from_an_empty_volume_makes_each_artefact_once(empty):
 
 
 def test_scenarios_that_differ_in_ppo_share_all_else(empty):
-    other = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.3}}}"
+    other = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.4}}}"
     jobs = empty.jobs(ACTOR, "results/other/rlhf/actor", config=other)
     assert jobs["sft"] == jobs["reward"] == 1
     assert jobs["rlhf"] == jobs["link"] == 2
