@@ -100,7 +100,7 @@ def _refuse_broken_lines(file: str, told: str) -> None:
     """Read a file of JSON lines again, after a library gave up on it, and say which line is broken."""
     if not file.endswith(JSON_LINES):
         return
-    with (gzip.open(file) if file.endswith(".gz") else Path(file).open("rb")) as lines:
+    with gzip.open(file) if file.endswith(".gz") else Path(file).open("rb") as lines:
         judged = ((number, _fault(line), line) for number, line in enumerate(lines, 1))
         faults = (one for one in judged if one[1])
         number, fault, line = next(faults, (0, "", b""))
