@@ -29,7 +29,8 @@ class Task:
 
     `loss(model, rows)` is a sum over `terms(rows)` terms; their mean over a whole batch is trained.
     `measure(model, rows)` returns sums over held-out rows, by the names in `sums`; `figures(sums)`
-    turns the totals over all rows into the reported metrics. Both get rows packed to `pack_width` tokens, or padded without it.
+    turns the totals over all rows into the reported metrics. Both get rows packed to `pack_width` tokens, or
+    padded without it.
     """
 
     name: str

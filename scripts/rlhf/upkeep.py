@@ -194,8 +194,7 @@ class Volume:
             return is_held(path)
         if not _is_draft(place):
             return False
-        artefact = place.parent / place.name[1:].removesuffix(".partial")
-        work = self.root / "work" / artefact.as_posix().removeprefix("store/")
+        work = self.root / "work" / _artefact_of_draft(place).as_posix().removeprefix("store/")
         return is_held(work) or time.time() - newest(path) < YOUNG
 
     def _work(self) -> list[tuple[Path, Path]]:
@@ -205,7 +204,7 @@ class Volume:
         states = [
             (Path("store", *w.parts[1:]), w) for stage in STAGES for w in self.root.glob(f"work/{stage}/*")
         ]
-        drafts = [(p.parent / p.name[1:].removesuffix(".partial"), p) for place in PLACES
+        drafts = [(_artefact_of_draft(p), p) for place in PLACES
                   for p in self.root.glob(place.removesuffix("*") + ".*.partial")]  # fmt: skip
         return sorted(downloads + states + drafts)
 
@@ -230,6 +229,10 @@ class Volume:
 
 def _is_draft(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _artefact_of_draft(path: Path) -> Path:
+    return path.parent / path.name[1:].removesuffix(".partial")
 
 
 def _bare(scenario: str) -> str:
