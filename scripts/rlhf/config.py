@@ -7,6 +7,7 @@ threads, intervals) stands in each stage's `run` and takes no part in an artefac
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 from operator import attrgetter
@@ -31,7 +32,7 @@ from rlhf.config_training import (
 )
 from rlhf.config_training import Run as Run
 from rlhf.errors import ConfigError
-from rlhf.layers import Tree, chain_of, listing, merge, mistakes, unknown
+from rlhf.layers import Tree, chain_of, listing, merged, mistakes, unknown
 
 STAGES = ("sft", "reward", "rlhf")
 
@@ -129,7 +130,7 @@ class Dataset(Section):
 
 
 def _named_once(datasets: tuple[Dataset, ...]) -> tuple[Dataset, ...]:
-    names = [d.name for d in datasets]
+    names = [posixpath.normpath(d.name) if catalog.kind(d.name) == "local" else d.name for d in datasets]
     if twice := {n for n in names if names.count(n) > 1}:
         raise ValueError(f"{', '.join(sorted(twice))} stands here more than once: name each dataset once")
     return datasets
@@ -142,15 +143,19 @@ Datasets = Annotated[
 ]
 
 
+class Shares(Section):
+    """How the rows for training are shared out: each stage gets its part of the sum."""
+
+    sft: Float = Field(gt=0, description="part of step 1")
+    reward: Float = Field(gt=0, description="part of step 2")
+    rlhf: Float = Field(gt=0, description="part of step 3")
+
+
 class Data(Section):
     """Who gets which rows."""
 
-    shares: dict[Literal["sft", "reward", "rlhf"], Float] = Field(description="parts per stage")
+    shares: Shares
     eval_share: Float = Field(gt=0, lt=1, description="part of all groups that no stage trains on")
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if set(self.shares) != set(STAGES) or min(self.shares.values()) <= 0:
-            yield ("shares",), f"needs a share above 0 for each of {', '.join(STAGES)}"
 
 
 class Training(Section):
@@ -347,34 +352,26 @@ def load(tree: Tree) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"the configuration should be a mapping, it is {tree!r}")
     errors = _odd_top(tree)
-    overrides = tree.get("scenarios")
-    if not isinstance(tree.get("defaults") or {}, dict):
-        errors.append(f"defaults = {tree['defaults']!r} (from config.yaml): should be a mapping")
-        raise ConfigError(listing(errors))
-    if not isinstance(overrides, dict) or not overrides:
-        errors.append(
-            f"scenarios = {overrides!r}: should be a mapping with at least one scenario, as `my-run: {{base: tiny}}`"
-        )
-        raise ConfigError(listing(errors))
+    defaults, overrides = (_mapping(tree.get(key)) for key in ("defaults", "scenarios"))
+    sound = isinstance(tree.get("defaults") or {}, dict)
     scenarios: dict[str, Tree] = {}
     for name in overrides:
         if not (isinstance(name, str) and SCENARIO.fullmatch(name)):
             errors.append(f"scenarios.{name}: a scenario's name is lower-case letters, digits and hyphens")
-            continue
-        try:
-            layers = chain_of(name, tree)
-        except ConfigError as error:
-            errors.append(str(error))
-            continue
-        merged: Tree = {}
-        for _, layer in layers:
-            merged = merge(merged, layer)
-        errors += mistakes(Scenario, name, merged, layers)
-        scenarios[name] = merged
-    if not errors:
-        rest = {key: tree[key] for key in ("pvc", "offline") if key in tree}
-        return Config.model_validate({**rest, "scenarios": scenarios})
-    raise ConfigError(listing(errors))
+        above, why = chain_of(name, overrides)
+        errors += [why] if why else []
+        chain = [("defaults", defaults), *above]
+        errors += mistakes(Scenario, str(name), chain, whole=sound and why is None)
+        scenarios[name] = merged(chain)
+    if errors:
+        raise ConfigError(listing(errors))
+    rest = {key: tree[key] for key in ("pvc", "offline") if key in tree}
+    return Config.model_validate({**rest, "scenarios": scenarios})
+
+
+def _mapping(node: Any) -> Tree:
+    """Return a part of the tree, nothing where it is none: `_odd_top` has told that."""
+    return node if isinstance(node, dict) else {}
 
 
 def _odd_top(tree: Tree) -> list[str]:
@@ -386,4 +383,9 @@ def _odd_top(tree: Tree) -> list[str]:
     offline = tree.get("offline", False)
     if not isinstance(offline, bool) and offline not in ("true", "false"):  # a text where --config says it
         errors.append(f"offline = {offline!r} (from {origin}): should be true or false")
+    if not isinstance(tree.get("defaults") or {}, dict):
+        errors.append(f"defaults = {tree['defaults']!r} (from {origin}): should be a mapping")
+    if not (isinstance(tree.get("scenarios"), dict) and tree["scenarios"]):
+        example = "should be a mapping with at least one scenario, as `my-run: {base: tiny}`"
+        errors.append(f"scenarios = {tree.get('scenarios')!r}: {example}")
     return errors

@@ -6,13 +6,12 @@ Knows trees and pydantic models, not what is configured.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-
-from rlhf.errors import ConfigError
 
 Tree = dict[str, Any]
 Layers = list[tuple[str, Tree]]  # (origin, overrides), the base first
@@ -35,30 +34,38 @@ def listing(errors: list[str]) -> str:
     return f"{count} in the configuration:\n" + "\n".join(f"  - {e}" for e in told)
 
 
-def chain_of(name: str, tree: Tree) -> Layers:
-    """Return (origin, overrides) from `defaults` to the scenario itself."""
-    scenarios, chain, seen = tree["scenarios"], [], []
-    current: str | None = name
-    while current is not None:
-        seen.append(current)
-        layer = scenarios.get(current)
-        if layer is None and current in scenarios:
-            layer = {}
+def chain_of(name: str, scenarios: Tree) -> tuple[Layers, str | None]:
+    """Return (origin, overrides) from a scenario's lowest base to itself, and why there is no lower one.
+
+    The reason is None where the chain is whole.
+    """
+    chain: Layers = []
+    seen: list[str] = []
+    current: Any = name
+    while True:
+        layer = {} if scenarios[current] is None else scenarios[current]
         if not isinstance(layer, dict):
-            known = ", ".join(map(str, scenarios))
-            raise ConfigError(
-                f"scenarios.{seen[-2] if len(seen) > 1 else name}: base {current!r}"
-                f" is no scenario; there are: {known}"
-                if current not in scenarios
-                else f"scenarios.{current} = {layer!r}: should be a mapping"
-            )
-        chain.append((f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
+            return chain, f"scenarios.{current} = {layer!r}: should be a mapping"
+        seen.append(current)
+        chain.insert(0, (f"scenarios.{current}", {k: v for k, v in layer.items() if k != "base"}))
         current = layer.get("base")
-        if not isinstance(current, str | None):
-            raise ConfigError(f"scenarios.{seen[-1]}: base = {current!r}: should be a scenario's name")
-        if current in seen:
-            raise ConfigError(f"scenarios.{name}: base goes round: {' -> '.join([*seen, current])}")
-    return [("defaults", tree.get("defaults") or {}), *reversed(chain)]
+        if current is None:
+            return chain, None
+        if why := _no_base(seen, current, scenarios):
+            return chain, why
+
+
+def _no_base(seen: list[str], base: Any, scenarios: Tree) -> str | None:
+    if not isinstance(base, str):
+        return f"scenarios.{seen[-1]}: base = {base!r}: should be a scenario's name"
+    if base in seen:
+        return f"scenarios.{seen[0]}: base goes round: {' -> '.join([*seen, base])}"
+    if base in scenarios:
+        return None
+    known = [str(name) for name in scenarios]
+    close = difflib.get_close_matches(base, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    return f"scenarios.{seen[-1]}: base = {base!r}: no such scenario; {hint}"
 
 
 def merge(base: Tree, override: Tree) -> Tree:
@@ -70,13 +77,21 @@ def merge(base: Tree, override: Tree) -> Tree:
     return merged
 
 
-def mistakes(kind: type[BaseModel], name: str, merged: Tree, chain: Layers) -> list[str]:
-    """Return every mistake of a scenario, in words; empty if `merged` is a valid `kind`.
+def merged(chain: Layers) -> Tree:
+    """Return all layers of a chain, each laid over those before it."""
+    return functools.reduce(merge, (layer for _, layer in chain), {})
+
+
+def mistakes(kind: type[BaseModel], name: str, chain: Layers, whole: bool) -> list[str]:
+    """Return every mistake of a scenario, in words; empty if its layers make a valid `kind`.
+
+    Of a chain that is not `whole`, what lacks or does not go together may be its gap's fault, and is not told.
 
     Pydantic asks whether fields go together only where each is right. So wrong ones are told, a lower
     layer's values take their place, and the whole is asked again; nothing is told of those values.
     """
-    tree, told, mended = _unshared(merged), [], set[Location]()
+    said = merged(chain)
+    tree, told, mended = _unshared(said), [], set[Location]()
     while found := _errors(kind, tree):
         told += [e for e in found if e not in told and not _covers(mended, _fields(e))]
         places = {_mend(tree, f, chain, e["type"] == "conflict") for e in found for f in _fields(e)}
@@ -86,7 +101,8 @@ def mistakes(kind: type[BaseModel], name: str, merged: Tree, chain: Layers) -> l
     # A list is called too short where its items are wrong.
     deeper = {e["loc"][:n] for e in told for n in range(len(e["loc"]))}
     told = [e for e in told if not (e["type"] == "too_short" and e["loc"] in deeper)]
-    return [_sentence(kind, name, e, merged, chain) for e in told]
+    told = [e for e in told if whole or e["type"] not in ("missing", "conflict")]
+    return [_sentence(kind, name, e, said, chain) for e in told]
 
 
 def _errors(kind: type[BaseModel], tree: Tree) -> list[Any]:
@@ -149,32 +165,30 @@ def _at(node: Any, loc: Location) -> Any:
     return node
 
 
-def _sentence(kind: type[BaseModel], name: str, error: Any, merged: Tree, chain: Layers) -> str:
+def _sentence(kind: type[BaseModel], name: str, error: Any, tree: Tree, chain: Layers) -> str:
     """Say what is wrong, with which value, where it came from and what to do."""
     loc = error["loc"]
     fields = {field: _origin(field, chain) for field in _fields(error)}
     if len(origins := set(fields.values())) == 1 and loc and error["type"] != "missing":
         name = {"defaults": "every scenario"}.get(origin := origins.pop(), origin.removeprefix("scenarios."))
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "invalid_key"):  # the latter: a number in a name's place
         siblings = _fields_beside(kind, loc)
-        return unknown(f"{name}: {_dotted(loc)}", error["input"], fields[loc], siblings)
+        return unknown(f"{name}: {_dotted(loc)}", _at(tree, loc), fields[loc], siblings)
     if error["type"] == "missing":
         help_ = _description(kind, loc)
         return f"{name}: {_dotted(loc)} is missing: set it in defaults or in the scenario{help_}"
     if error["type"] == "conflict":
         values = ", ".join(
-            ", ".join(f"{_dotted(field)} = {_at(merged, field)!r}" for field in group) + f" (from {origin})"
+            ", ".join(f"{_dotted(field)} = {_at(tree, field)!r}" for field in group) + f" (from {origin})"
             for origin, group in itertools.groupby(fields, key=fields.__getitem__)
         )
         return f"{name}: {values}: {error['msg']}"
-    return f"{name}: {_dotted(loc).removesuffix('.[key]')}{_wrong_value(kind, error, fields[loc])}"
+    return f"{name}: {_dotted(loc)}{_wrong_value(kind, error, fields[loc])}"
 
 
 def _wrong_value(kind: type[BaseModel], error: Any, origin: str) -> str:
     """Say which value a field has, and what it should be."""
     loc, words, own = error["loc"], _words(kind, error), error["type"] == "value_error"
-    if loc[-1] == "[key]":  # pydantic's mark of a mapping's wrong name, which has been told
-        return f" (from {origin}): {words}"
     if own and isinstance(error["input"], dict):  # a check of a whole section: its message names the values
         return f" (from {origin}): {words}"
     # An item of a list is told with the list's meaning, but for our own checks, which say all.

@@ -88,7 +88,7 @@ def test_all_mistakes_are_told_at_once():
         "a: sft.max_tokens = 1 (from scenarios.a): should be greater than or equal to 2"
         " (longest prompt + response; longer rows are dropped)",
         "a: rlhf.gamma = 2.0 (from scenarios.a): should be less than or equal to 1 (discount per token)",
-        "scenarios.b: base 'nowhere' is no scenario; there are: a, b, c",
+        "scenarios.b: base = 'nowhere': no such scenario; there are: a, b, c",
         "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16', 'fp16' or 'fp32' (of weights and activations; fp16 on GPUs only)",
     ]
 
@@ -112,9 +112,9 @@ def test_a_misspelt_section_is_told_with_the_one_that_was_meant():
     assert the_mistake(a={"rlfh": {}}).endswith("no such field; did you mean rlhf?")
 
 
-def test_a_wrong_name_within_a_mapping_is_told_as_a_name():
-    assert the_mistake(a={"data": {"shares": {"ppo": 1}}}) == (
-        "a: data.shares.ppo (from scenarios.a): should be 'sft', 'reward' or 'rlhf'"
+def test_a_misspelt_share_is_answered_with_the_one_meant():
+    assert the_mistake(a={"data": {"shares": {"rhlf": 3}}}) == (
+        "a: data.shares.rhlf = 3 (from scenarios.a): no such field; did you mean rlhf?"
     )
 
 
@@ -227,8 +227,38 @@ def test_a_scenario_cannot_be_its_own_base():
     assert the_mistake(a={"base": "a"}) == "scenarios.a: base goes round: a -> a"
 
 
-def test_an_unknown_base_is_told_with_those_there_are():
-    assert the_mistake(a={"base": "tine"}) == "scenarios.a: base 'tine' is no scenario; there are: a"
+def test_an_unknown_base_is_told_with_the_one_meant_or_those_there_are():
+    assert the_mistake(tiny={}, a={"base": "tine"}) == (
+        "scenarios.a: base = 'tine': no such scenario; did you mean tiny?"
+    )
+    assert the_mistake(tiny={}, a={"base": "x"}) == (
+        "scenarios.a: base = 'x': no such scenario; there are: tiny, a"
+    )
+
+
+WRONG_AND_IN_CONFLICT = {"seed": -1, "sft": {"epochs": 1}}  # `steps` are the defaults'
+
+
+@pytest.mark.parametrize("base", ["nowhere", 3, "a"])
+def test_a_wrong_base_hides_no_other_mistake_and_brings_none(base):
+    """What does not go together with the defaults may go with what the base should have been."""
+    _, own = mistakes(written(a={"base": base, **WRONG_AND_IN_CONFLICT}))
+    assert (
+        own == "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (of everything random)"
+    )
+
+
+def test_a_wrong_name_hides_no_mistake_of_its_scenario():
+    named, *own = mistakes(written(A=WRONG_AND_IN_CONFLICT))
+    assert named.startswith("scenarios.A: ")
+    assert [line.split(" = ")[0] for line in own] == ["A: seed", "A: sft.epochs"]
+
+
+@pytest.mark.parametrize("defaults", [[1], 3])
+def test_defaults_that_are_no_mapping_hide_no_other_mistake(defaults):
+    told, own = mistakes(written(a=WRONG_AND_IN_CONFLICT) | {"defaults": defaults})
+    assert told.startswith(f"defaults = {defaults!r} (from config.yaml")
+    assert own.startswith("a: seed = -1")
 
 
 def test_a_scenario_that_is_no_mapping_is_told():
