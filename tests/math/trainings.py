@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 
 from rlhf import config, engine, models, parallel, ppo, reference, reward, sft, sharding, supervised, tokens
 from rlhf.generation import Sampling
+from rlhf.layers import merge
 from rlhf.rows import PARTS, RowWriter
 from rlhf.state import State
 
@@ -45,9 +46,9 @@ BASE = {
 def settings(stage: str, changes: dict) -> config.Section:
     """Return a stage's section of the built-in scenario, made small, with a case's changes."""
     tree = yaml.safe_load(FILE.read_text())
-    merged = config.merge(config.merge(tree["defaults"][stage], BASE[stage]), changes)
+    merged = merge(merge(tree["defaults"][stage], BASE[stage]), changes)
     if merged["dtype"] == "fp16":  # a user needs GPUs for it; here CPUs do what they do, see `main`
-        merged = config.merge(merged, {"run": {"gpus": merged["run"]["processes"]}})
+        merged = merge(merged, {"run": {"gpus": merged["run"]["processes"]}})
     return {"sft": config.Sft, "reward": config.Reward, "rlhf": config.Rlhf}[stage].model_validate(merged)
 
 
@@ -265,7 +266,7 @@ def write_plan(
 ) -> Path:
     """Write what `main` reads; with `each` a case that fails does not end the others."""
     for case in cases:
-        case["changes"] = config.merge(case.get("changes", {}), {"run": {"processes": processes}})
+        case["changes"] = merge(case.get("changes", {}), {"run": {"processes": processes}})
     named = {name: str(p) for name, p in sources.items()}
     plan = {"sources": named, "out": str(path / "out"), "cases": cases, "each": each}
     (path / "cases.json").write_text(json.dumps(plan))
