@@ -25,22 +25,7 @@ workdir: CONFIG.pvc
 wildcard_constraints:
     scenario="|".join(CONFIG.scenarios),
     stage="sft|reward|rlhf",
-    result="|".join(
-        f"{stage}/{what}"
-        for stage, whats in {
-            "sft": ["actor", "adapter"],
-            "reward": ["model", "adapter"],
-            "rlhf": [
-                "actor",
-                "actor_ema",
-                "actor_adapter",
-                "critic",
-                "critic_adapter",
-                "eval",
-            ],
-        }.items()
-        for what in whats
-    ),
+    result="|".join(sorted(result_names(PLAN))),
 
 
 localrules:

@@ -84,6 +84,12 @@ def load_plan():
             settings, codehash.digest, fingerprint, requested_scenarios()
         )
         planning.refuse_unknown(plan, (t for t in requested_targets() if t != "all"))
+        wanted = set(requested_scenarios()) or set(settings.scenarios)
+        store.refuse_not_whole(
+            Path(settings.pvc, made.path)
+            for made in plan.artefacts.values()
+            if wanted & set(made.scenarios)
+        )
         planning.refuse_misplaced(
             settings,
             requested_scenarios(),
@@ -99,6 +105,12 @@ def set_environment(settings):
     # Jobs run `python`: on this machine the interpreter that runs Snakemake, in a pod the image's.
     path = [str(Path(sys.executable).parent), *os.get_exec_path()]
     os.environ.update(PATH=os.pathsep.join(path))
+
+
+def result_names(plan):
+    """What results are called below `results/{scenario}/`, but for curves, which are files."""
+    names = {result.split("/", 2)[2] for result in plan.results}
+    return {name for name in names if not name.endswith(".png")}
 
 
 def artefact(path):
@@ -216,9 +228,4 @@ def sweep_states():
     """Remove the unfinished work of artefacts that are there."""
     for made in PLAN.artefacts.values():
         if Path(made.path, store.PROVENANCE).exists():
-            shutil.rmtree(work_directory(made.path), ignore_errors=True)
-
-
-def work_directory(path):
-    """Where unfinished work on the artefact at `path` lies."""
-    return Path("work", path.removeprefix("store/"))
+            shutil.rmtree(store.work_of(Path(made.path)), ignore_errors=True)

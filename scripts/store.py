@@ -24,6 +24,28 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
+    args = parser().parse_args()
+    settings = config.load(tree_of(args.configfile))
+    place = args.pvc or PROJECT / settings.pvc
+    if not place.is_dir():
+        raise UserError(f"{place} is not a directory: give --pvc, or correct pvc in config.yaml")
+    os.chdir(place)
+    wanted = plan.plan(settings, codehash.digest, lambda source: store.fingerprint(Path(source)))
+    volume = upkeep.Volume(Path(), wanted)
+    if args.command == "ls":
+        print("\n".join(volume.listing()) or "there is no artefact yet")
+    elif args.command == "why":
+        print("\n".join(volume.why(args.name)))
+    elif args.command == "adopt":
+        print("\n".join(volume.adopt(args.name)))
+    elif args.command == "gc":
+        collect(volume, args.yes, args.configfile)
+    else:
+        verify(volume, args.name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -39,24 +61,7 @@ def main() -> None:
     gc = commands.add_parser("gc", help="remove what no result names; shows first, asks")
     gc.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("verify", help="compare files with their hashes").add_argument("name", nargs="*")
-    args = parser.parse_args()
-    settings = config.load(tree_of(args.configfile))
-    place = args.pvc or PROJECT / settings.pvc
-    if not place.is_dir():
-        raise UserError(f"{place} is no directory: give --pvc, or correct pvc in config.yaml")
-    os.chdir(place)
-    wanted = plan.plan(settings, codehash.digest, lambda source: store.fingerprint(Path(source)))
-    volume = upkeep.Volume(Path(), wanted)
-    if args.command == "ls":
-        print("\n".join(volume.listing()) or "there is no artefact yet")
-    elif args.command == "why":
-        print("\n".join(volume.why(args.name)))
-    elif args.command == "adopt":
-        print("\n".join(volume.adopt(args.name)))
-    elif args.command == "gc":
-        collect(volume, args.yes, args.configfile)
-    else:
-        verify(volume, args.name)
+    return parser
 
 
 def tree_of(more: Path | None) -> dict[str, Any]:
@@ -79,6 +84,8 @@ def collect(volume: upkeep.Volume, yes: bool, more: Path | None) -> None:
         print(f"No result names these, and no scenario asks for them (scenarios of {read}):")
     for path in unused:
         print(volume.describe(path))
+    for path in volume.broken():
+        print(f"{path} has no {store.PROVENANCE}: not a whole artefact, move it away or remove it")
     if not unused:
         print("every artefact is named by a result, or part of one that is")
     elif yes or (sys.stdin.isatty() and input(f"remove these {len(unused)}? [y/N] ").lower() == "y"):
@@ -92,7 +99,7 @@ def collect(volume: upkeep.Volume, yes: bool, more: Path | None) -> None:
 
 def verify(volume: upkeep.Volume, names: list[str]) -> None:
     """Check artefacts; raise UserError naming every difference."""
-    paths = [volume.find(name) for name in names] or volume.present()
+    paths = [volume.find(name) for name in names] or [*volume.present(), *volume.broken()]
     wrong = {path: found for path in paths if (found := upkeep.differences(path))}
     if wrong:
         lines = [f"{path}: {text}" for path, texts in wrong.items() for text in texts]

@@ -28,6 +28,21 @@ ENTRY = {
     "rlhf": "train_ppo.py",
     "eval": "compare_replies.py",
 }
+# Name below `results/{scenario}/` -> place within its stage's artefact; `rlhf/eval` is an artefact itself.
+RESULTS = {
+    "sft/actor": "model",
+    "sft/adapter": "adapter",
+    "sft/curves.png": "curves.png",
+    "reward/model": "model",
+    "reward/adapter": "adapter",
+    "reward/curves.png": "curves.png",
+    "rlhf/actor": "actor",
+    "rlhf/actor_adapter": "actor_adapter",
+    "rlhf/actor_ema": "actor_ema",
+    "rlhf/critic": "critic",
+    "rlhf/critic_adapter": "critic_adapter",
+    "rlhf/curves.png": "curves.png",
+}
 FETCH = {"model": "fetch_model.py", "dataset": "fetch_dataset.py"}  # from the Hub or the volume
 
 
@@ -104,9 +119,7 @@ def refuse_unknown(made: Plan, targets: Iterable[str]) -> None:
         if name in known or name.startswith("benchmarks/"):
             continue
         name = name[max(0, name.find("results/")) :]  # the path of the volume is no part of a target
-        if re.fullmatch(
-            r"results/[^/]+/(sft/adapter|reward/adapter|rlhf/(actor_|critic_)adapter|rlhf/actor_ema)", name
-        ):
+        if name.startswith("results/") and name not in known and name.split("/", 2)[-1] in RESULTS:
             scenario = name[: name.index("/", len("results/")) + 1]
             if theirs := [result for result in made.results if result.startswith(scenario)]:
                 raise ConfigError(
@@ -195,25 +208,10 @@ class _Builder:
             s.rlhf.run,
             f"replies of {s.actor.model} before and after RLHF",
         )
-        optional = {
-            "sft/adapter": (s.sft.lora and s.sft.lora.only, sft),
-            "reward/adapter": (s.reward.lora and s.reward.lora.only, reward),
-            "rlhf/actor_adapter": (s.rlhf.actor_lora and s.rlhf.actor_lora.only, rlhf),
-            "rlhf/critic_adapter": (s.rlhf.critic_lora and s.rlhf.critic_lora.only, rlhf),
-            "rlhf/actor_ema": (s.rlhf.ema_decay, rlhf),
-        }
-        return {
-            what: f"{made}/{what.split('/')[1]}" for what, (wanted, made) in optional.items() if wanted
-        } | {
-            "sft/actor": f"{sft}/model",
-            "sft/curves.png": f"{sft}/curves.png",
-            "reward/model": f"{reward}/model",
-            "reward/curves.png": f"{reward}/curves.png",
-            "rlhf/actor": f"{rlhf}/actor",
-            "rlhf/critic": f"{rlhf}/critic",
-            "rlhf/curves.png": f"{rlhf}/curves.png",
-            "rlhf/eval": eval_,
-        }
+        made = {"sft": sft, "reward": reward, "rlhf": rlhf}
+        links = {what: f"{made[what.split('/')[0]]}/{place}" for what, place in RESULTS.items()}
+        off = _switched_off(s)
+        return {what: place for what, place in links.items() if what not in off} | {"rlhf/eval": eval_}
 
     def model(self, model: Model) -> str:
         """A pretrained model; a built-in one has random weights, which the seed decides."""
@@ -289,6 +287,18 @@ class _Builder:
         if stage == "data":
             return str(config["phase"])
         return _plain(self.scenario.reward.model if stage == "reward" else self.scenario.actor.model)
+
+
+def _switched_off(scenario: Scenario) -> set[str]:
+    """Return the results that a scenario's settings do not make."""
+    lora = {
+        "sft/adapter": scenario.sft.lora,
+        "reward/adapter": scenario.reward.lora,
+        "rlhf/actor_adapter": scenario.rlhf.actor_lora,
+        "rlhf/critic_adapter": scenario.rlhf.critic_lora,
+    }
+    off = {what for what, adapters in lora.items() if adapters is None or not adapters.only}
+    return off | ({"rlhf/actor_ema"} if scenario.rlhf.ema_decay is None else set())
 
 
 def _plain(name: str) -> str:

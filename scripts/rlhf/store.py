@@ -13,13 +13,13 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, UserError, one_line
 
 PROVENANCE, RUN = "provenance.json", "run.json"
 STAMP = ".snakemake_timestamp"  # Snakemake writes it into directories that are outputs
@@ -65,7 +65,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def take(source: Path, target: Path, ours: bool) -> None:
-    """Put a file into an artefact: a user's (not `ours`) is copied, for he may write to it again.
+    """Put a file into an artefact: a user's (not `ours`) is copied: it may be edited later.
 
     What nobody may write to is not copied, which for large models saves the space of a second one.
     """
@@ -108,6 +108,11 @@ def publish(path: Path, provenance: dict[str, Any]) -> Iterator[Draft]:
     _sync_one(path.parent)
 
 
+def work_of(artefact: Path) -> Path:
+    """Return where unfinished work on an artefact lies, both relative to the volume."""
+    return Path("work", artefact.as_posix().removeprefix("store/"))
+
+
 def refuse_existing(path: Path) -> None:
     """Raise UserError if an artefact is there already."""
     if path.exists():
@@ -132,13 +137,30 @@ def read_provenance(path: Path) -> dict[str, Any]:
     """Return an artefact's provenance.
 
     Raises:
-        DataError: it has none, so that it is no artefact or not a whole one.
+        DataError: it has none, so that it is no artefact or not a whole one; or its provenance is damaged.
     """
     try:
-        record: dict[str, Any] = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+        record = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} has no {PROVENANCE}: not an artefact, or not a whole one") from None
+    except ValueError as error:
+        raise DataError(f"{path / PROVENANCE} is damaged: {one_line(error)}") from None
+    if not (isinstance(record, dict) and isinstance(record.get("files"), dict)):
+        raise DataError(f"{path / PROVENANCE} is damaged: it does not list the artefact's files")
     return record
+
+
+def refuse_not_whole(paths: Iterable[Path]) -> None:
+    """Refuse directories in an artefact's place that are none: Snakemake asks only whether they exist.
+
+    Raises:
+        DataError: with all of them.
+    """
+    if broken := [str(path) for path in paths if path.is_dir() and not (path / PROVENANCE).exists()]:
+        raise DataError(
+            f"no {PROVENANCE} in {', '.join(broken)}: not a whole artefact, perhaps a copy or a removal that was"
+            " interrupted. Move it away or remove it, and it is made again"
+        )
 
 
 def file_hashes(path: Path) -> dict[str, str]:

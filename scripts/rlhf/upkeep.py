@@ -31,6 +31,20 @@ class Volume:
         found = (path for place in PLACES for path in sorted(self.root.glob(place)))
         return [path for path in found if (path / store.PROVENANCE).exists()]
 
+    def broken(self) -> list[Path]:
+        """Return directories in an artefact's place without a provenance.
+
+        Below models/ and datasets/ a user may keep directories of any shape: those are left out.
+        """
+        found = [path for place in PLACES for path in sorted(self.root.glob(place)) if path.is_dir()]
+        return [
+            path
+            for path in found
+            if not _is_draft(path)
+            and not (path / store.PROVENANCE).exists()
+            and (path.is_relative_to(self.root / "store") or str(path) in self.plan.artefacts)
+        ]
+
     def names(self) -> dict[Path, list[str]]:
         """Return artefact -> names under `results/` that lead into it."""
         names: dict[Path, list[str]] = {}
@@ -76,7 +90,8 @@ class Volume:
         theirs = [result for result in self.plan.results if result.startswith(f"results/{_bare(wanted)}/")]
         if theirs:
             raise UserError(f"{name!r} is a scenario: name one of {', '.join(theirs)}")
-        raise UserError(f"{name!r} means {'no artefact' if not meant else ', '.join(meant)}; see `ls`")
+        several = ", ".join(meant[:4]) + (f" and {len(meant) - 4} more" if len(meant) > 4 else "")
+        raise UserError(f"{name!r} {f'may mean {several}' if meant else 'names no artefact'}; see `ls`")
 
     def record(self, path: Path) -> dict[str, Any]:
         """Return what an artefact is made of: its provenance, or the plan's word."""
@@ -194,7 +209,7 @@ class Volume:
             return is_held(path)
         if not _is_draft(place):
             return False
-        work = self.root / "work" / _artefact_of_draft(place).as_posix().removeprefix("store/")
+        work = self.root / store.work_of(_artefact_of_draft(place))
         return is_held(work) or time.time() - newest(path) < YOUNG
 
     def _work(self) -> list[tuple[Path, Path]]:

@@ -127,6 +127,8 @@ def test_all_missing_paths_are_told_at_once_with_scenarios_and_fields():
         ("results/a/rlhf/", ["results/a/rlhf/actor", "results/a/rlhf/eval"]),
         ("results/a/rlhf/actr", ["results/a/rlhf/actor"]),
         ("/volume/results/a/rlhf/eval", ["results/a/rlhf/eval"]),
+        ("/volume/results/a/sft/actor", ["results/a/sft/actor"]),
+        ("some/where/sft/actor", ["results/a/rlhf/actor"]),
         ("zzz", ["results/a/rlhf/actor", "results/b/rlhf/actor"]),
     ],
 )
@@ -210,6 +212,36 @@ def test_every_value_but_run_is_in_a_name():
                 change = {name or field: inner, **beside.get(name or field, {})}
                 override = {field: change} if name else change
                 assert stage in changed({stage: override}), (stage, field, name)
+
+
+def test_every_value_of_ppo_but_run_is_in_a_name():
+    optimizer, lora = {"learning_rate": 0.5}, {"dim": 4, "alpha": 4, "learning_rate": 1}
+    values = {"datasets": [{"name": "builtin/chitchat-pairs", "split": "test"}], "max_prompt_tokens": 9,
+              "max_new_tokens": 9, "iterations": 9, "epochs": 3, "rollout_batch_size": 128, "mini_batches": 1,
+              "ppo_epochs": 2, "temperature": 0.5, "missing_eos_penalty": 0.5, "reward_clip": 2, "reward_samples": 128,
+              "kl_coef": 0.9, "kl_target": 3, "kl_horizon": 999, "gamma": 0.5, "gae_lambda": 0.5, "clip_range": 0.5,
+              "value_clip_range": 0.5, "shuffle_scores": True, "ema_decay": 0.5, "ptx_coef": 0.5, "dtype": "bf16",
+              "actor": optimizer, "critic": optimizer, "actor_lora": lora, "critic_lora": lora}  # fmt: skip
+    assert set(values) == set(config.Rlhf.model_fields) - {"run"}
+    for field, value in values.items():
+        beside = {"iterations": None} if field == "epochs" else {}
+        assert "rlhf" in changed({"rlhf": {field: value, **beside}}), field
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "stage", "values"),
+    [
+        ("data", config.Data, "data", {"shares": {"sft": 9}, "eval_share": 0.5}),
+        (
+            "eval", config.Eval, "eval",
+            {"prompts": 9, "max_new_tokens": 9, "temperature": 0.5, "seed": 9, "judge": None},
+        ),
+    ],
+)  # fmt: skip
+def test_every_value_of_data_and_eval_is_in_a_name(section, kind, stage, values):
+    assert set(values) == set(kind.model_fields)
+    for field, value in values.items():
+        assert stage in changed({section: {field: value}}), field
 
 
 def test_other_code_of_a_stage_makes_it_and_what_follows_anew():

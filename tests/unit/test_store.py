@@ -78,6 +78,23 @@ def test_a_directory_without_provenance_is_no_artefact(tmp_path):
         store.check(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", '{"files": {"a"', "[]", '{"stage": "sft"}', '{"files": 3}'])
+def test_a_damaged_provenance_is_told(tmp_path, text):
+    (make(tmp_path / "x") / store.PROVENANCE).write_text(text)
+    with pytest.raises(DataError, match=r"x/provenance\.json is damaged: "):
+        store.check(tmp_path / "x")
+
+
+def test_what_lies_in_an_artefacts_place_and_is_none_is_refused_by_all_its_names(tmp_path):
+    whole, *others = (tmp_path / name for name in ("whole", "half", "other", "missing"))
+    make(whole)
+    for half in others[:2]:
+        half.mkdir()
+    store.refuse_not_whole([whole, others[2]])
+    with pytest.raises(DataError, match=f"no provenance.json in {others[0]}, {others[1]}: "):
+        store.refuse_not_whole([whole, *others])
+
+
 def test_equal_work_leaves_equal_provenance_whenever_it_ran(tmp_path):
     given = {"stage": "s", "config": {"b": 1, "a": [2]}, "parents": {}}
     one = make(tmp_path / "1", given, run={"seconds": 1}, a="x", b="ä")

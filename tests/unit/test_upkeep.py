@@ -93,9 +93,30 @@ def test_a_result_of_a_scenario_that_was_not_read_leads_to_its_artefact(volume):
     assert volume.find("results/x/actor") == Path("store/sft/used-1")
 
 
+def test_what_lies_in_an_artefacts_place_without_a_provenance_is_found(volume):
+    """But not what a user keeps below models/, nor a draft."""
+    half, planned, *others = map(Path, (
+        "store/reward/half-3", "models/builtin/m@4", "models/opt-13b/onnx", "store/reward/.left-5.partial"
+    ))  # fmt: skip
+    for path in (half, planned, *others):
+        path.mkdir(parents=True)
+    volume.plan = Plan({str(planned): Artefact(str(planned), "model", {}, None, "", (), "")}, {})
+    assert volume.broken() == [planned, half]
+
+
 def test_an_artefact_whose_parent_was_removed_by_hand_stays_in_use(volume):
     shutil.rmtree("datasets/a/b@1")
     assert volume.unused() == [Path("store/sft/idle-2")]
+
+
+def test_a_name_that_is_none_or_several_is_told_with_those_it_may_be(volume):
+    with pytest.raises(UserError, match="'nothing' names no artefact; see `ls`"):
+        volume.find("nothing")
+    with pytest.raises(UserError, match="'1' may mean datasets/a/b@1, store/sft/used-1;"):
+        volume.find("1")
+    volume.plan = Plan(dict.fromkeys((f"store/data/{n}-x" for n in range(9)), None), {})
+    with pytest.raises(UserError, match=r"'-x' may mean store/data/0-x, .*, store/data/3-x and 5 more;"):
+        volume.find("-x")
 
 
 @pytest.fixture
