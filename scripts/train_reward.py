@@ -11,6 +11,7 @@ from rlhf.templates import load_tokenizer
 def main() -> None:
     args = stage.arguments(__doc__)
     config, seed = stage.settings(Reward, args), args.spec["config"]["seed"]
+    models.refuse_too_long(args.parents["model"], config.max_tokens, "reward.max_tokens")
     engine.start(args.run, config.dtype)
     tokenizer = load_tokenizer(args.parents["model"])
     dtype = engine.DTYPES[config.dtype]

@@ -11,6 +11,7 @@ from rlhf.templates import load_tokenizer
 def main() -> None:
     args = stage.arguments(__doc__)
     config, seed = stage.settings(Sft, args), args.spec["config"]["seed"]
+    models.refuse_too_long(args.parents["model"], config.max_tokens, "sft.max_tokens")
     engine.start(args.run, config.dtype)
     tokenizer = load_tokenizer(args.parents["model"])
     with engine.loading(args.parents["model"], config.dtype, sharded=config.run.zero_stage == 3):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -40,8 +41,8 @@ def load_actor(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Load a causal language model.
 
     Raises:
-        DataError: weights are missing, unexpected or of another shape; they are named. Or its config.json
-            is no model's.
+        DataError: weights are missing, unexpected or of another shape; they are named. Or its weights or its
+            config.json cannot be read.
         UserError: it gives scores, not text.
     """
     kinds = _config(path).architectures or []
@@ -84,7 +85,10 @@ def _load(
     for name in vars(config):
         if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
-    model, info = kind.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    try:
+        model, info = kind.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"the weights in {path} cannot be read: {one_line(error)}") from None
     found = {what: sorted(map(str, set(info[what]) - allowed)) for what in info if info[what]}
     if wrong := {what: names for what, names in found.items() if names}:
         raise DataError(f"{path} does not hold the weights that its config.json says: {wrong}")
@@ -99,6 +103,20 @@ def _config(path: Path, **options: Any) -> Any:
     if not isinstance(kinds := config.architectures, list | None):
         raise DataError(f"{path / 'config.json'}: architectures = {kinds!r}: should be a list of names")
     return config
+
+
+def refuse_too_long(path: Path, tokens: int, fields: str) -> None:
+    """Refuse sequences that are longer than the model at `path` has positions for.
+
+    Raises:
+        UserError: with the `fields` of the configuration that ask for so many tokens.
+    """
+    positions = getattr(_config(path), "max_position_embeddings", None)  # ALiBi needs none
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{fields}: sequences of up to {tokens} tokens, but {path} has {positions} positions: lower"
+            f" {'it' if ' ' not in fields else 'one of them'}, or choose another model"
+        )
 
 
 def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:

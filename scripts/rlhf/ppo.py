@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf import engine, jsonl, lora, order, ppo_math, rollout
+from rlhf import engine, jsonl, lora, order, ppo_math, reference, rollout
 from rlhf.batch import exact_div, plan_batch, rlhf_iterations
 from rlhf.config import Rlhf
 from rlhf.ema import Ema
@@ -25,7 +25,7 @@ from rlhf.errors import DataError
 from rlhf.generation import Sampling
 from rlhf.health import Health
 from rlhf.metrics import Metrics, Values, significant
-from rlhf.models import response_logits, token_logprobs, token_values
+from rlhf.models import load_actor, load_scorer, response_logits, token_logprobs, token_values
 from rlhf.parallel import own, rank, total
 from rlhf.progress import progress
 from rlhf.ptx import Ptx
@@ -60,6 +60,24 @@ class Learner:
     config: Rlhf
     ema: Ema | None
     ptx: Ptx | None
+
+
+def load(actor: Path, scorer: Path, config: Rlhf) -> Models:
+    """Load the four models, bare, spread out as `config.run` says; all processes call it.
+
+    Args:
+        actor: directory of the SFT actor, the reference too.
+        scorer: directory of the reward model, from which the critic starts.
+    """
+    run, dtype, name = config.run, engine.DTYPES[config.dtype], config.dtype
+    sharded, offloads = run.zero_stage == 3, "reference" in run.offload
+    with engine.loading(actor, name, sharded=sharded):
+        policy = load_actor(actor, dtype)
+    with engine.loading(actor, name, sharded=sharded or offloads, offloads=offloads):
+        frozen = None if reference.is_bare_actor(config.actor_lora) else load_actor(actor, dtype)
+    with engine.loading(scorer, name, sharded=sharded):
+        critic, reward = (load_scorer(scorer, dtype) for _ in range(2))
+    return Models(policy, critic, frozen, reward)
 
 
 def train(
@@ -130,11 +148,11 @@ def _learner(
         lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
     if config.critic_lora:
         lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
-    dtype, offloads, reference = config.dtype, "reference" in run.offload, models.reference
+    dtype, offloads, unchanged = config.dtype, "reference" in run.offload, models.reference
     engines = Models(
         engine.initialise(models.actor, config.actor, config.actor_lora, both, dtype, steps, run),
         engine.initialise(models.critic, config.critic, config.critic_lora, batch, dtype, steps, run),
-        None if reference is None else engine.frozen(reference, dtype, offloads=offloads),
+        None if unchanged is None else engine.frozen(unchanged, dtype, offloads=offloads),
         engine.frozen(models.reward, dtype),
     )
     ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)

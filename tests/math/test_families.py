@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import families
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf import lora, models, reward, sft
 from rlhf.config import Lora
-from rlhf.errors import DataError
+from rlhf.errors import DataError, UserError
 from rlhf.generation import Sampling, generate, uniforms
 from rlhf.tokens import Packed, arrange, pack, pad, response_labels
 
@@ -138,6 +139,23 @@ def test_a_config_json_that_is_not_a_models_is_told(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"/config\.json is not that of a model: "):
         models.load_actor(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 100)])
+def test_weights_that_cannot_be_read_are_told(actor, tmp_path, damage):
+    actor.save_pretrained(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=f"the weights in {tmp_path} cannot be read: ") as caught:
+        models.load_actor(tmp_path, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_sequences_that_a_model_has_no_positions_for_are_refused(actor_path):
+    models.refuse_too_long(actor_path, 64, "sft.max_tokens")
+    with pytest.raises(
+        UserError, match=r"sft\.max_tokens: sequences of up to 65 tokens, but .* has 64 positions"
+    ):
+        models.refuse_too_long(actor_path, 65, "sft.max_tokens")
 
 
 def test_a_new_head_fits_what_the_model_gives_out(scorer, name):

@@ -6,6 +6,8 @@ Formulae are tested in `test_ppo_math`, that micro-batches and processes change 
 from __future__ import annotations
 
 import json
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +174,27 @@ def test_ratios_and_values_are_clipped_by_ranges_of_their_own(seen, actor, score
     ratios = (0.2 * moved[mask]).exp()
     assert told[0]["clip_fraction"] == pytest.approx(float(((ratios - 1).abs() > 0.05).float().mean()))
     assert told[1]["value_clip_fraction"] == pytest.approx(float((0.2 * by[mask].abs() > 0.3).float().mean()))
+
+
+@pytest.mark.parametrize(("epochs", "parts"), [(1, 2), (3, 2), (2, 4)])
+def test_every_epoch_passes_once_over_the_rollout_in_an_order_of_its_own(monkeypatch, epochs, parts):
+    steps = []
+
+    def note(learner, seen, targets, chosen, number):
+        steps.append((number, chosen.tolist()))
+        return {"ratio_mean": 1.0, "approx_kl": 0.0}
+
+    monkeypatch.setattr(ppo, "_step", note)
+    config = trainings.settings("rlhf", {"ppo_epochs": epochs, "mini_batches": parts})
+    learner, replies = ppo.Learner(None, config, None, None), SimpleNamespace(ended=torch.zeros(16))
+    for iteration in range(2):
+        ppo._update(learner, replies, None, iteration, trainings.SEED)
+    numbers, chosen = zip(*steps, strict=True)
+    assert numbers == tuple(range(2 * epochs * parts))
+    assert {len(rows) for rows in chosen} == {16 // parts}
+    orders = [list(chain(*chosen[e * parts : (e + 1) * parts])) for e in range(2 * epochs)]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert len({*map(tuple, orders), tuple(range(16))}) == 2 * epochs + 1
 
 
 def test_ptx_is_the_loss_of_step_1_times_its_coefficient(actor, tmp_path):

@@ -22,7 +22,7 @@ import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
 
-from rlhf import config, engine, models, parallel, ppo, reference, reward, sft, sharding, supervised, tokens
+from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised, tokens
 from rlhf.generation import Sampling
 from rlhf.layers import merge
 from rlhf.rows import PARTS, RowWriter
@@ -180,28 +180,22 @@ def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Pat
 
 def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path):
     """Train as the stage's entry script does; return what was measured, and role -> a model and its LoRA."""
-    dtype, actor, scorer = engine.DTYPES[made.dtype], sources["actor"], sources["scorer"]
+    dtype, actor = engine.DTYPES[made.dtype], sources["actor"]
     data, board = sources["data"] / stage, where / "board"
-    sharded = made.run.zero_stage == 3
-    with engine.loading(actor, made.dtype, sharded=sharded):
-        if stage == "reward":
-            model = models.new_scorer(actor, dtype, PAD, SEED)
-        else:
-            model = models.load_actor(actor, dtype)
     if stage == "rlhf":
-        offloads = "reference" in made.run.offload
-        with engine.loading(actor, made.dtype, sharded=sharded or offloads, offloads=offloads):
-            frozen = None if reference.is_bare_actor(made.actor_lora) else models.load_actor(actor, dtype)
-        with engine.loading(scorer, made.dtype, sharded=sharded):
-            judges = [models.load_scorer(scorer, dtype) for _ in range(2)]
-        four = ppo.Models(model, judges[0], frozen, judges[1])
+        four = ppo.load(actor, sources["scorer"], made)
         sampling = Sampling(made.max_new_tokens, made.temperature, EOS, PAD)
         data = {"data": sources["data"] / "rlhf", "ptx": sources["data"] / "sft"}
         measured, _, ema = ppo.train(four, made, sampling, SEED, data, work, board)
         if ema:
             with ema.in_place():
-                save(model, where / "model_ema")
-        return measured, {"model": (model, made.actor_lora), "critic": (judges[0], made.critic_lora)}
+                save(four.actor, where / "model_ema")
+        return measured, {"model": (four.actor, made.actor_lora), "critic": (four.critic, made.critic_lora)}
+    with engine.loading(actor, made.dtype, sharded=made.run.zero_stage == 3):
+        if stage == "reward":
+            model = models.new_scorer(actor, dtype, PAD, SEED)
+        else:
+            model = models.load_actor(actor, dtype)
     width = {"sft": 1, "reward": 2}[stage] * made.max_tokens if made.run.packing else None
     task = {"sft": sft, "reward": reward}[stage].task(PAD, width)
     return supervised.train(task, model, made, SEED, data, work, board)[0], {"model": (model, made.lora)}
