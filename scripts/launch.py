@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from rlhf.errors import UserError, run_main
 from rlhf.machine import visible_gpus
 
 GPU_PAUSE = 10.0  # seconds between looks for a free GPU
@@ -43,7 +44,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *program])
     nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     if args.processes % nodes:
-        sys.exit(f"error: {args.processes} processes cannot be shared out evenly over NNODES={nodes} nodes")
+        raise UserError(f"{args.processes} processes cannot be shared out evenly over NNODES={nodes} nodes")
     log = args.log.with_name(f"{args.log.name}.node-{node}") if node else args.log
     if args.processes == 1:
         command = [sys.executable, *program]
@@ -63,11 +64,13 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
     """
     there = visible_gpus() if count else []
     if len(there) < count:
-        sys.exit(f"error: {count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
+        raise UserError(f"{count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
     with ExitStack() as stack:
         while len(held := list(islice((d for d in there if _take(d, stack)), count))) < count:
             stack.close()  # all or none: two jobs that each hold a part would wait for ever
-            print(f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", flush=True)
+            print(
+                f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", file=sys.stderr, flush=True
+            )
             time.sleep(GPU_PAUSE)
         # Otherwise DeepSpeed probes for every accelerator it knows and warns that it found none.
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held), **({} if held else {"DS_ACCELERATOR": "cpu"})}
@@ -155,4 +158,4 @@ def _copy(source: BinaryIO, log: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

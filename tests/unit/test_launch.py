@@ -5,11 +5,13 @@ import re
 import socket
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import launch
 import pytest
 
+from rlhf.errors import UserError
 from rlhf.machine import visible_gpus
 
 LAUNCH = Path(__file__).parents[2] / "scripts/launch.py"
@@ -85,7 +87,6 @@ parallel.leave()
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_port_is_chosen_before_it_is_bound(start, tmp_path, processes):
     """Another training that starts at the same moment could take it."""
-    assert not hasattr(launch, "socket")
     (tmp_path / "program.py").write_text(MEETING)
     process = start("--processes", str(processes))
     said = process.communicate()[1]
@@ -112,7 +113,7 @@ def test_two_nodes_share_the_processes_and_the_second_has_a_log_of_its_own(start
 def test_processes_that_do_not_divide_over_nodes_are_refused(start):
     process = start("--processes", "3", NNODES="2")
     assert "3 processes cannot be shared out evenly over NNODES=2" in process.communicate()[1]
-    assert process.returncode != 0
+    assert process.returncode == 2
 
 
 def test_under_another_launcher_the_script_is_simply_run(start):
@@ -210,11 +211,25 @@ def test_a_job_waits_for_gpus_that_others_use_and_holds_none_meanwhile(gpus, mon
     monkeypatch.setattr(launch.time, "sleep", the_other_ends)
     with launch._gpus(2) as both:
         assert both == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert "waiting for 2 GPUs: 1 of 2 are free" in capfd.readouterr().out
+    assert "waiting for 2 GPUs: 1 of 2 are free" in capfd.readouterr().err
 
 
 def test_more_gpus_than_there_are_is_an_error_and_none_gives_none(gpus):
-    with pytest.raises(SystemExit, match="3 GPUs are asked for, this machine has 2"), launch._gpus(3):
+    with pytest.raises(UserError, match="3 GPUs are asked for, this machine has 2"), launch._gpus(3):
         pass
     with launch._gpus(0) as none:
         assert none == {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def test_logs_hold_every_line_and_few_of_a_bars_and_the_terminal_all(tmp_path, monkeypatch, capfdbinary):
+    """A bar is drawn over and over after a carriage return."""
+    clock = count(100.0, 3.0)  # seconds: each look at the clock is 3 later
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(clock))
+    said = b"begin\r\n\rbar 1\rbar 2\rbar 3\rbar 4\rbar 5\ndone\nno end"
+    reader, writer = os.pipe()
+    os.write(writer, said)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as source, (tmp_path / "log").open("wb") as log:
+        launch._copy(source, log)
+    assert capfdbinary.readouterr().err == said
+    assert (tmp_path / "log").read_bytes() == b"begin\nbar 1\nbar 5\ndone\nno end"
