@@ -16,7 +16,7 @@ OPTIONS = {
     "unit": [*SIDE_BY_SIDE, "loadfile"],
     "math": [*SIDE_BY_SIDE, "loadfile"],
     "workflow": [*SIDE_BY_SIDE, "load"],
-    "e2e": [*SIDE_BY_SIDE, "loadfile"],
+    "e2e": [*SIDE_BY_SIDE, "loadfile", "--no-loadscope-reorder"],  # its conftest knows an order
     "k8s": ["-p", "no:randomly"],  # one cluster, whose faults have an order
 }
 

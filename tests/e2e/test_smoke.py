@@ -61,6 +61,23 @@ def test_the_reward_model_gives_the_scores_that_ppo_saw(smoke):
         torch.testing.assert_close(scores(ours, Padded(ids, mask)), expected)
 
 
+def test_logs_keep_a_line_of_a_bar_for_every_ten_seconds_and_its_end(smoke):
+    for result, what, total in (
+        ("sft/actor", "step 1, SFT", "250/250"),
+        ("reward/model", "step 2, reward", "80/80"),
+        ("rlhf/actor", "step 3, PPO", "24/24"),
+    ):
+        made = smoke.artefact(f"smoke/{result}")
+        text = (smoke.volume / f"logs/{made.parent.name}/{made.name}.log").read_text()
+        bars = [line for line in text.splitlines() if line.startswith(f"{what}:")]
+        assert f"{what}: 100%" in bars[-1]
+        assert total in bars[-1]
+        assert len(bars) < int(total.split("/")[0]) / 2
+        assert "\r" not in text
+    (log,) = (smoke.volume / "logs/datasets/builtin").glob("chitchat@*.log")
+    assert re.search(r"^builtin/chitchat: \d+.*rows", log.read_text(), re.M)
+
+
 def test_chat_answers_one_prompt(smoke):
     command = [
         sys.executable, str(smoke.project / "scripts/chat.py"), str(smoke.volume / ACTOR),
@@ -217,6 +234,20 @@ def test_the_store_says_what_is_there_and_why_something_is_made_anew(smoke):
     said = subprocess.run(why, capture_output=True, text=True, check=True).stdout
     assert "is missing" in said
     assert said.splitlines()[2:] == ["  rlhf.iterations: 25, there 24"]
+
+
+def test_verify_names_every_damage_with_code_2(smoke):
+    command = [sys.executable, str(smoke.project / "scripts/store.py"), "--pvc", str(smoke.volume), "verify"]
+    half, cut = smoke.volume / "store/sft/half-000000000000", smoke.volume / "store/sft/cut-000000000000"
+    half.mkdir()
+    shutil.copytree(smoke.artefact("smoke/sft/actor"), cut)
+    (cut / "provenance.json").write_text("")
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(half)
+    shutil.rmtree(cut)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False)
+    assert f"{half.name} has no provenance.json" in run.stderr
+    assert f"{cut.name}/provenance.json is damaged" in run.stderr
 
 
 def test_gc_shows_what_no_result_names_and_removes_it_only_when_told(smoke):

@@ -25,23 +25,33 @@ FOUR_EPOCHS = {"ppo_epochs": 4, "kl_coef": 0.35, "actor": {"learning_rate": 1.0e
 
 
 def main() -> None:
-    volume = Path(os.environ.get("LEARN_DIR") or tempfile.mkdtemp(prefix="learn-"))
-    volume.mkdir(parents=True, exist_ok=True)
+    volume = volume_of("learn-")
     scenarios: dict[str, dict] = {}
     for seed in SEEDS:
         scenarios[f"learn-{seed}"] = {"base": "tiny", "seed": seed, "rlhf": {"run": {"threads": 1}}}
         for name, changes in {"control": {"shuffle_scores": True}, "four-epochs": FOUR_EPOCHS}.items():
             scenarios[f"{name}-{seed}"] = {"base": f"learn-{seed}", "rlhf": changes}
-    (volume / "config.json").write_text(json.dumps({"pvc": str(volume), "scenarios": scenarios}))
     targets = [f"results/{name}/rlhf/eval" for name in scenarios]
-    targets += [f"results/learn-{seed}/reward/model" for seed in SEEDS]
-    command = ["snakemake", *targets, "--configfile", str(volume / "config.json")]
-    subprocess.run(command, cwd=PROJECT, check=True)
+    snakemake(volume, scenarios, targets + [f"results/learn-{seed}/reward/model" for seed in SEEDS])
     broken = [text for name in scenarios for text in report(volume / "results" / name, name)]
     broken += [text for name in scenarios for text in unhealthy(volume, name)]
     broken += [text for seed in SEEDS for text in accuracy(volume / f"results/learn-{seed}/reward/model")]
     print("\n".join(broken) or "all bounds hold")
     sys.exit(1 if broken else 0)
+
+
+def volume_of(prefix: str) -> Path:
+    """Return the directory where artefacts go: LEARN_DIR, or a new one."""
+    volume = Path(os.environ.get("LEARN_DIR") or tempfile.mkdtemp(prefix=prefix)).resolve()
+    volume.mkdir(parents=True, exist_ok=True)
+    return volume
+
+
+def snakemake(volume: Path, scenarios: dict[str, dict], targets: list[str], *options: str) -> None:
+    """Make `targets` of scenarios that are added to those of `config.yaml`."""
+    (volume / "config.json").write_text(json.dumps({"pvc": str(volume), "scenarios": scenarios}))
+    command = ["snakemake", *targets, "--configfile", str(volume / "config.json"), *options]
+    subprocess.run(command, cwd=PROJECT, check=True)
 
 
 def report(results: Path, name: str) -> list[str]:
@@ -67,6 +77,7 @@ def report(results: Path, name: str) -> list[str]:
             "distinct-2 at most 0.75": f["distinct_2_after"] <= 0.75,
             "words up by more than 45%": words > 0.45,
             "fewer than 512 prompts": f["prompts"] < 512,
+            "lengths have less than 0.9 in common": min(f["in_common_before"], f["in_common_after"]) < 0.9,
         }
     return [f"{name}: {text}" for text, is_broken in bounds.items() if is_broken]
 
@@ -78,13 +89,17 @@ def unhealthy(volume: Path, name: str) -> list[str]:
     lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     bounds = [b for b in health.BOUNDS if b.metric in ("ratio_mean", "clip_fraction", "approx_kl")]
     ranges = {b.metric: [f([line[b.metric] for line in lines]) for f in (min, max)] for b in bounds}
-    seconds = json.loads((ppo / "run.json").read_text())["seconds"]
-    config = json.loads((ppo / "provenance.json").read_text())["config"]
-    samples = config["iterations"] * config["rollout_batch_size"]
     print(f"{name:<13} " + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
-          + f"; {seconds / samples:.4f} s per sample on one thread")  # fmt: skip
+          + f"; {seconds_per_sample(ppo):.4f} s per sample on one thread")  # fmt: skip
     return [f"{name}: {health.in_words(b, value)}" for b in bounds for value in ranges[b.metric]
             if not b.least <= value <= b.most]  # fmt: skip
+
+
+def seconds_per_sample(ppo: Path) -> float:
+    """Return how long a training of step 3 took, all in all, by the replies that it sampled."""
+    config = json.loads((ppo / "provenance.json").read_text())["config"]
+    seconds: float = json.loads((ppo / "run.json").read_text())["seconds"]
+    return seconds / (config["iterations"] * config["rollout_batch_size"])
 
 
 def accuracy(model: Path) -> list[str]:

@@ -1,0 +1,123 @@
+"""Benchmark: TRL's PPO beside ours, from the same SFT model, reward model and prompts, on one thread each.
+
+    make peer [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"]
+
+Both are compared as `make learn` compares: the same held-out prompts, the same sampling noise. Ours counts the
+whole process (imports, states, curves), TRL's the time in `train()` alone. TRL has the values of
+its learning rate and KL coefficient that give it a KL like ours; the reward model is normalised for it, as ours
+does by itself: TRL's would otherwise follow the scale of the scores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from datasets import Dataset
+from learn import PROJECT, SEEDS, report, seconds_per_sample, snakemake, volume_of
+
+from rlhf import models
+from rlhf.rows import Rows
+from rlhf.templates import load_tokenizer
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+KL_COEF, LEARNING_RATE = 0.1, 1.0e-4
+
+
+def main() -> None:
+    volume = volume_of("peer-")
+    scenarios = {f"ours-{s}": {"base": "tiny", "seed": s, "rlhf": {"run": {"threads": 1}}} for s in SEEDS}
+    ready = [f"results/{name}/{what}" for name in scenarios for what in ("sft/actor", "reward/model")]
+    snakemake(volume, scenarios, ready)
+    snakemake(volume, scenarios, [f"results/{name}/rlhf/eval" for name in scenarios], "--cores", "1")
+    torch.set_num_threads(1)
+    for seed in SEEDS:
+        results = volume / "results" / f"ours-{seed}"
+        report(results, f"ours-{seed}")
+        theirs = volume / "results" / f"trl-{seed}"
+        peers = train(volume, results, theirs / "rlhf", seed)
+        compare(volume, results, theirs)
+        report(theirs, f"trl-{seed}")
+        ours = seconds_per_sample((results / "rlhf/actor").resolve().parent)
+        print(
+            f"seconds per sample: ours {ours:.4f}, TRL {peers:.4f}: {ours / peers:.2f} of its time",
+            flush=True,
+        )
+
+
+def train(volume: Path, results: Path, output: Path, seed: int) -> float:
+    """Train with TRL as ours has trained, save the actor, and return the seconds per sample."""
+    sft, reward = (results / name for name in ("sft/actor", "reward/model"))
+    record = json.loads((results / "rlhf/actor").resolve().parent.joinpath("provenance.json").read_text())
+    config, tokenizer = record["config"], load_tokenizer(sft)
+    prompts = Rows(volume / record["parents"]["data"] / "train")
+    asked = Dataset.from_dict({"input_ids": [prompts[i][0].tolist() for i in range(len(prompts))]})
+    tokenizer.padding_side = "left"
+    trainer = PPOTrainer(
+        args=settings(config, seed, output),
+        processing_class=tokenizer,
+        model=models.load_actor(sft, torch.float32),
+        ref_model=models.load_actor(sft, torch.float32),
+        reward_model=normalised(models.load_scorer(reward, torch.float32), results),
+        value_model=models.load_scorer(reward, torch.float32),
+        train_dataset=asked,
+        eval_dataset=asked.select(range(config["rollout_batch_size"])),
+    )
+    started = time.time()
+    trainer.train()
+    seconds = time.time() - started
+    models.save(trainer.policy_model, tokenizer, output / "actor", config["temperature"])
+    return seconds / trainer.args.total_episodes
+
+
+def settings(config: dict[str, Any], seed: int, output: Path) -> PPOConfig:
+    """Return our values in TRL's words. Without accumulation: TRL would count mini-batches as its parts."""
+    return PPOConfig(
+        output_dir=str(output), seed=seed, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", num_sample_generations=0, stop_token="eos",
+        total_episodes=config["iterations"] * config["rollout_batch_size"],
+        per_device_train_batch_size=config["rollout_batch_size"], gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=config["rollout_batch_size"],
+        num_mini_batches=config["mini_batches"], num_ppo_epochs=config["ppo_epochs"],
+        response_length=config["max_new_tokens"], temperature=config["temperature"],
+        missing_eos_penalty=config["missing_eos_penalty"], gamma=config["gamma"], lam=config["gae_lambda"],
+        cliprange=config["clip_range"], cliprange_value=config["value_clip_range"],
+        kl_coef=KL_COEF, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+    )  # fmt: skip
+
+
+def normalised(scorer: Any, results: Path) -> Any:
+    """Return a reward model whose scores of SFT replies (those of the comparison) have mean 0 and sd 1."""
+    lines = (results / "rlhf/eval/replies.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["before"]["score"] for line in lines]
+    head = torch.nn.Linear(scorer.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(scorer.score.weight / pstdev(scores))
+        head.bias.fill_(-fmean(scores) / pstdev(scores))
+    scorer.score = head
+    return scorer
+
+
+def compare(volume: Path, results: Path, theirs: Path) -> None:
+    """Compare replies before and after TRL's training, as those of ours were compared."""
+    made = (results / "rlhf/eval").resolve()
+    spec = {k: v for k, v in json.loads((made / "provenance.json").read_text()).items() if k != "files"}
+    spec["parents"] = {**spec["parents"], "rlhf": str(theirs / "rlhf")}
+    run = json.loads((made / "run.json").read_text())["run"]
+    script = PROJECT / "scripts" / "compare_replies.py"
+    options = {"spec": json.dumps(spec), "run": json.dumps(run), "output": str(theirs / "rlhf/eval")}
+    command = [sys.executable, str(script), *(part for k, v in options.items() for part in (f"--{k}", v))]
+    subprocess.run(command, cwd=volume, check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
