@@ -48,6 +48,11 @@ def main() -> None:
     if args.prompt is not None:
         print(printable(answer(model, tokenizer, [args.prompt], sampling, seed)))
         return
+    converse(model, tokenizer, sampling, seed)
+
+
+def converse(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, seed: int) -> None:
+    """Answer line by line, each with what was said before, to the end of input."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     turns: list[str] = []
     while (line := _read()) is not None:
@@ -67,7 +72,7 @@ def at_least(kind: type, least: float) -> Callable[[str], float]:
 
     def number(text: str) -> float:
         if not (value := kind(text)) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+            raise argparse.ArgumentTypeError(f"{text} should be a number from {least} up")
         return float(value) if kind is float else int(value)
 
     return number
@@ -81,7 +86,7 @@ def refuse_no_model(path: Path) -> None:
     actors = [str(found.parent) for found in inside if "ForCausalLM" in found.read_text(errors="replace")]
     made = "names under results/ lie below `pvc`, make them with snakemake"
     hint = f"give {' or '.join(actors)}" if actors else made
-    raise UserError(f"{path} is no model directory (no config.json): {hint}")
+    raise UserError(f"{path} is not a model directory (no config.json): {hint}")
 
 
 def room(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> int:

@@ -21,7 +21,7 @@ def choose(names: Iterable[str]) -> list[str]:
     found = weights.choose(names)
     if not found or "config.json" not in names or not chat_tokenizer.has_vocabulary(names):
         raise UserError(
-            "this is no model that can be used: it needs config.json, weights in model*.safetensors or"
+            "not a usable model: it needs config.json, weights in model*.safetensors or"
             " pytorch_model*.bin, and a tokenizer in tokenizer.json, vocab.json with merges.txt, vocab.txt or"
             f" *.model; there are {', '.join(sorted(names)[:20])}"
         )

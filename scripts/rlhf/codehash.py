@@ -17,7 +17,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 # Modules that say where, whether and how it looks, never what comes out. What the configuration
 # resolves to is in the key already. Editing one of these rebuilds nothing.
 NEUTRAL = frozenset({
-    "config", "config_training", "errors", "codehash", "store", "plan", "stage", "progress", "upkeep", "health",
+    "config", "config_training", "errors", "store", "stage", "progress", "health",
 })  # fmt: skip
 
 

@@ -167,7 +167,7 @@ class Training(Section):
     epochs: Float | None = Field(None, gt=0, description="passes over the data; or give `steps`")
     steps: Int | None = Field(None, ge=1, description="optimizer steps; or give `epochs`")
     eval_rows: Int = Field(ge=1, description="held-out rows that are measured, at most")
-    dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
+    dtype: Dtype = Field(description="type of weights and activations; fp16 on GPUs only")
     optimizer: Optimizer
     lora: Lora | None = Field(None, description="adapters; null: train all weights")
     run: TrainingRun
@@ -214,25 +214,27 @@ class Rlhf(Section):
     rollout_batch_size: Int = Field(ge=1, description="prompts per iteration, all processes")
     mini_batches: Int = Field(ge=1, description="optimizer steps per pass over a rollout")
     ppo_epochs: Int = Field(ge=1, description="passes over a rollout")
-    temperature: Float = Field(gt=0, description="of sampling, and in every log-prob")
+    temperature: Float = Field(gt=0, description="sampling temperature, also in every log-prob")
     missing_eos_penalty: Float = Field(ge=0, description="off the score of an unfinished response")
     reward_clip: Float = Field(gt=0, description="normalised scores are clipped to +- this")
     reward_samples: Int = Field(ge=2, description="SFT replies that give the score's mean and sd")
-    kl_coef: Float = Field(ge=0, description="of the per-token KL penalty in the reward")
+    kl_coef: Float = Field(ge=0, description="coefficient of the per-token KL penalty in the reward")
     kl_target: Float | None = Field(None, gt=0, description="nats per response; null: fixed coef")
     kl_horizon: Int = Field(ge=1, description="samples over which an adaptive coefficient moves")
     gamma: Float = Field(gt=0, le=1, description="discount per token")
-    gae_lambda: Float = Field(ge=0, le=1, description="of generalised advantage estimation")
-    clip_range: Float = Field(gt=0, description="of the policy ratio")
-    value_clip_range: Float = Field(gt=0, description="of values around those of the rollout")
+    gae_lambda: Float = Field(ge=0, le=1, description="lambda of generalised advantage estimation")
+    clip_range: Float = Field(gt=0, description="clipping range of the policy ratio")
+    value_clip_range: Float = Field(gt=0, description="clipping range of values around those of the rollout")
     shuffle_scores: bool = Field(description="control experiment: scores permuted in the rollout")
     ema_decay: Float | None = Field(
         None, gt=0, lt=1, description="per optimizer step, of a mean of the actor's weights: rlhf/actor_ema"
     )
     ptx_coef: Float | None = Field(
-        None, gt=0, description="of the SFT loss (mean per token) on SFT rows, added to the policy loss"
+        None,
+        gt=0,
+        description="coefficient of the SFT loss (mean per token) on SFT rows, added to the policy loss",
     )
-    dtype: Dtype = Field(description="of weights and activations; fp16 on GPUs only")
+    dtype: Dtype = Field(description="type of weights and activations; fp16 on GPUs only")
     actor: Optimizer
     critic: Optimizer
     actor_lora: Lora | None = Field(None, description="adapters of the actor; null: train all weights")
@@ -278,15 +280,15 @@ class Eval(Section):
 
     prompts: Int = Field(ge=1, description="held-out prompts, at most")
     max_new_tokens: Int = Field(ge=1, description="longest reply")
-    temperature: Float = Field(ge=0, description="of sampling; 0 is greedy")
-    seed: Int = Field(ge=0, description="of sampling: the same for every model")
+    temperature: Float = Field(ge=0, description="sampling temperature; 0 is greedy")
+    seed: Int = Field(ge=0, description="seed of sampling, the same for every model")
     judge: Literal["vader"] | None = Field(description="an independent measure beside the reward model")
 
 
 class Scenario(Section):
     """One run of the pipeline, from pretrained models to the RLHF actor."""
 
-    seed: Int = Field(ge=0, lt=2**31, description="of everything random")
+    seed: Int = Field(ge=0, lt=2**31, description="seed of everything random")
     actor: Model
     data: Data
     sft: Sft

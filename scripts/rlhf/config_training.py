@@ -108,7 +108,7 @@ class Run(Section):
         ge=1, description="steps (step 3: iterations) between updates of the progress bar's figures"
     )
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
-    shm_mb: Int = Field(ge=1, description="of it, shared memory (/dev/shm) in MB, which NCCL needs")
+    shm_mb: Int = Field(ge=1, description="shared memory (/dev/shm) in MB, a part of mem_mb; NCCL needs it")
     runtime: Int = Field(ge=1, description="limit in minutes")
     gradient_checkpointing: bool = Field(description="compute activations twice instead of keeping them")
     offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what lies in CPU memory")

@@ -217,9 +217,9 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
 
 
 def _divergence(what: str, engine: Any) -> DivergenceError:
+    other = ", or train in bf16 or fp32" if engine.fp16_enabled() else ""
     return DivergenceError(
-        f"{what} at step {engine.global_steps}: no batch is skipped; lower the learning rate, or train in bf16 or"
-        " fp32"
+        f"{what} at step {engine.global_steps}: the training stops here; lower the learning rate{other}"
     )
 
 

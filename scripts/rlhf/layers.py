@@ -21,7 +21,7 @@ WORDS = {  # for those of pydantic's that name Python's types, and not what to w
     "model_type": "should be a mapping",
     "dict_type": "should be a mapping",
     "tuple_type": "should be a list",
-    "string_type": "should be a text",
+    "string_type": "should be a string",
     "bool_type": "should be true or false",
     "bool_parsing": "should be true or false",
 }
@@ -59,7 +59,7 @@ def _no_base(seen: list[str], base: Any, scenarios: Tree) -> str | None:
     if not isinstance(base, str):
         return f"scenarios.{seen[-1]}: base = {base!r}: should be a scenario's name"
     if base in seen:
-        return f"scenarios.{seen[0]}: base goes round: {' -> '.join([*seen, base])}"
+        return f"scenarios.{seen[0]}: circular base: {' -> '.join([*seen, base])}"
     if base in scenarios:
         return None
     known = [str(name) for name in scenarios]

@@ -16,6 +16,8 @@ from rlhf.streams import Purpose, rng
 
 Indices = NDArray[np.int64]
 
+WINDOW = 32  # batches: enough rows of like length for little padding, few enough to stay a shuffle
+
 
 @lru_cache(maxsize=2)
 def _pass(rows: int, seed: int, epoch: int) -> Indices:
@@ -31,7 +33,7 @@ def stream(rows: int, seed: int, start: int, count: int) -> Indices:
 
 
 def batch(
-    lengths: NDArray[np.int64], size: int, step: int, steps: int, seed: int, window: int = 32
+    lengths: NDArray[np.int64], size: int, step: int, steps: int, seed: int, window: int = WINDOW
 ) -> Indices:
     """Return the rows of one batch, sorted by length.
 

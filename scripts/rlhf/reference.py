@@ -1,4 +1,7 @@
-"""Which model is the reference of step 3: `config` asks as well, and what `config` says counts for no name."""
+"""Which model is the reference of step 3.
+
+Not part of `config`, which asks too: an edit there renames no artefact, and one of this rule must.
+"""
 
 from __future__ import annotations
 

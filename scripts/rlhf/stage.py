@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def arguments(description: str | None) -> Arguments:
     """Read the command line of an entry script.
 
     Raises:
-        UserError: the artefact exists; nothing is made for nothing.
+        UserError: the artefact exists already.
     """
     started = time.time()
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -74,7 +75,8 @@ def publish(args: Arguments) -> Iterator[store.Draft]:
     leave in their draft is dropped.
     """
     if os.environ.get("RANK", "0") != "0":
-        yield store.Draft(args.output, {})
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield store.Draft(Path(nowhere), {})
         return
     with store.publish(args.output, args.spec) as draft:
         yield draft

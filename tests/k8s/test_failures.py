@@ -178,7 +178,7 @@ SENTENCES = {
     "code": r"pod code-\S+ ended with exit code 3 \(ValueError: too few rows\): its log says more\. It is tried again \(attempt 2 of 2\)\.",
     "memory": r"pod memory-\S+ was killed because it used more memory than its limit of 60M \(OOMKilled, exit code 137\): raise mem_mb, or lower what the rule keeps in memory\." + ONCE,
     "deadline": r"the gang ran longer than its resource runtime allows \(.*deadline.*\): raise runtime; a training goes on from its last checkpoint\." + ONCE,
-    "nan": r"training gave a number that is not finite in pod nan-\S+, exit code 1 \(rlhf\.errors\.DivergenceError: the loss is nan at step 3: no batch is skipped; [^)]+\): lower the learning rate, or train in bf16 or fp32\." + ONCE,
+    "nan": r"training gave a number that is not finite in pod nan-\S+, exit code 1 \(rlhf\.errors\.DivergenceError: the loss is nan at step 3: the training stops here; [^)]+\): lower the learning rate, or train in bf16 or fp32\." + ONCE,
     "peer": r"processes waited in vain for each other in pod peer-\S+, .* \(.+\): look for the rank that stopped first, and at the network between nodes \(NCCL_DEBUG=INFO\)\." + ONCE,
     "image": r"pod image-\S+ cannot get its image registry\.invalid/none:1 \((ErrImagePull|ImagePullBackOff): .+\): check the name, the registry and imagePullSecrets\." + ONCE,
     "name": r"pod name-\S+ cannot get its image \S+ \(InvalidImageName: .+\): check the name, the registry and imagePullSecrets\." + ONCE,

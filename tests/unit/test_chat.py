@@ -45,7 +45,7 @@ def test_the_actors_in_a_directory_are_named(monkeypatch, capsys, tmp_path):
     for where, actor in (("store", "store"), ("results/tiny", "results/tiny/rlhf")):
         said = refused(monkeypatch, capsys, tmp_path / where)
         assert said.endswith(
-            f"{where} is no model directory (no config.json): give {tmp_path / actor}/actor\n"
+            f"{where} is not a model directory (no config.json): give {tmp_path / actor}/actor\n"
         )
     assert "make them with snakemake" in refused(monkeypatch, capsys, tmp_path / "nowhere")
 

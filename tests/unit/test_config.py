@@ -84,12 +84,12 @@ def test_all_mistakes_are_told_at_once():
         )
     )
     assert lines == [
-        "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (of everything random)",
+        "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (seed of everything random)",
         "a: sft.max_tokens = 1 (from scenarios.a): should be greater than or equal to 2"
         " (longest prompt + response; longer rows are dropped)",
         "a: rlhf.gamma = 2.0 (from scenarios.a): should be less than or equal to 1 (discount per token)",
         "scenarios.b: base = 'nowhere': no such scenario; there are: a, b, c",
-        "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16', 'fp16' or 'fp32' (of weights and activations; fp16 on GPUs only)",
+        "c: reward.dtype = 'fp8' (from scenarios.c): should be 'bf16', 'fp16' or 'fp32' (type of weights and activations; fp16 on GPUs only)",
     ]
 
 
@@ -213,18 +213,18 @@ def test_a_value_that_is_missing_everywhere_is_named_with_its_meaning():
     tree = written(a={})
     del tree["defaults"]["rlhf"]["clip_range"]
     assert mistakes(tree) == [
-        "a: rlhf.clip_range is missing: set it in defaults or in the scenario (of the policy ratio)"
+        "a: rlhf.clip_range is missing: set it in defaults or in the scenario (clipping range of the policy ratio)"
     ]
 
 
 def test_bases_that_go_round_are_told_with_the_way_they_go():
     lines = mistakes(written(a={"base": "b"}, b={"base": "c"}, c={"base": "a"}))
-    assert lines[0] == "scenarios.a: base goes round: a -> b -> c -> a"
+    assert lines[0] == "scenarios.a: circular base: a -> b -> c -> a"
     assert len(lines) == 3
 
 
 def test_a_scenario_cannot_be_its_own_base():
-    assert the_mistake(a={"base": "a"}) == "scenarios.a: base goes round: a -> a"
+    assert the_mistake(a={"base": "a"}) == "scenarios.a: circular base: a -> a"
 
 
 def test_an_unknown_base_is_told_with_the_one_meant_or_those_there_are():
@@ -244,7 +244,8 @@ def test_a_wrong_base_hides_no_other_mistake_and_brings_none(base):
     """What does not go together with the defaults may go with what the base should have been."""
     _, own = mistakes(written(a={"base": base, **WRONG_AND_IN_CONFLICT}))
     assert (
-        own == "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (of everything random)"
+        own
+        == "a: seed = -1 (from scenarios.a): should be greater than or equal to 0 (seed of everything random)"
     )
 
 

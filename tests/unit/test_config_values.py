@@ -22,7 +22,7 @@ def test_scenarios_are_a_mapping_of_at_least_one(value):
 @pytest.mark.parametrize("value", [True, False])
 def test_a_boolean_is_no_number(value):
     assert the_mistake(a={"seed": value}) == (
-        f"a: seed = {value} (from scenarios.a): should be a number, not true or false (of everything random)"
+        f"a: seed = {value} (from scenarios.a): should be a number, not true or false (seed of everything random)"
     )
     assert f"kl_coef = {value} (from scenarios.a): should be a number, not true or false" in the_mistake(
         a={"rlhf": {"kl_coef": value}}
@@ -224,7 +224,7 @@ SECTION = "should be a mapping with"
         ),
         ({"sft": {"optimizer": {"betas": 0.9}}}, "should be a list (Adam's moment decay rates: a list of two)"),
         ({"data": {"shares": 3}}, "data.shares = 3 (from scenarios.a): should be a mapping with sft, reward, rlhf"),
-        ({"actor": {"model": 3}}, "actor.model = 3 (from scenarios.a): should be a text (where"),
+        ({"actor": {"model": 3}}, "actor.model = 3 (from scenarios.a): should be a string (where"),
         ({"rlhf": {"shuffle_scores": "maybe"}}, "= 'maybe' (from scenarios.a): should be true or false (control"),
     ],
 )  # fmt: skip

@@ -43,7 +43,7 @@ def test_a_directory_that_lacks_something_is_no_model(tmp_path, lacking):
     hub_content.opt(tmp_path / "opt")
     for name in lacking:
         (tmp_path / "opt" / name).unlink()
-    with pytest.raises(UserError, match=r"opt: this is no model that can be used: it needs config.json"):
+    with pytest.raises(UserError, match=r"opt: not a usable model: it needs config.json"):
         fetch("model", tmp_path / "opt", tmp_path)
 
 
