@@ -16,12 +16,11 @@ from rlhf.config import Eval, RlhfRun
 from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling
 from rlhf.judges import JUDGES
-from rlhf.rollout import micro_batches, sample
+from rlhf.rollout import as_read, by_length, sample, spread
 from rlhf.rows import Rows
 from rlhf.sharding import generator
 from rlhf.streams import Purpose
 from rlhf.terminal import printable
-from rlhf.tokens import Padded
 
 Figures = dict[str, float | None]  # None: a mean over nothing
 SHOWN = 12  # prompts in the table
@@ -70,21 +69,20 @@ def _looked_at(
     micro_batch_size: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return what there is to say of each reply of `model`; models read a micro-batch at a time, as in step 3."""
-    length, temperature = made.response_mask.shape[1], config.temperature or 1.0
-    scored: list[float] = []
-    kl: list[float] = []  # log pi - log ref of a reply, in nats
+    mask, temperature = made.response_mask, config.temperature or 1.0
+    scored, kl = (torch.zeros(len(mask), device=mask.device) for _ in range(2))  # kl: log pi - log ref, nats
     with torch.no_grad():
-        for part in micro_batches(len(made.ended), micro_batch_size):
-            batch = Padded(made.batch.ids[part], made.batch.mask[part])
-            scored += reward(models.scores, batch).tolist()
+        for part in by_length(made.batch, torch.arange(len(mask), device=mask.device), micro_batch_size):
+            batch, replies = as_read(made.batch, mask, part)
+            scored[part] = reward(models.scores, batch)
             own, theirs = (
-                m(models.response_logprobs, batch, length, temperature) for m in (model, reference)
+                m(models.response_logprobs, batch, replies, temperature) for m in (model, reference)
             )
-            kl += ((own - theirs) * made.response_mask[part]).sum(-1).tolist()
+            kl[part] = spread(own - theirs, mask[part]).sum(-1)
     texts = tokenizer.batch_decode(made.responses, skip_special_tokens=True)
     rows = [
         {"reply": text, "score": score, "kl": nats, "words": len(text.split())}
-        for text, score, nats in zip(texts, scored, kl, strict=True)
+        for text, score, nats in zip(texts, scored.tolist(), kl.tolist(), strict=True)
     ]
     judge = JUDGES[config.judge] if config.judge else None
     return [{**row, "judged": judge(row["reply"])} for row in rows] if judge else rows

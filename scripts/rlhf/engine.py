@@ -203,7 +203,7 @@ def optimise(engine: Any, losses: Iterable[Tensor]) -> float:
         if not torch.isfinite(loss):
             raise _divergence(f"the loss is {loss.item()}", engine)
         engine.backward(loss * engine.world_size * scale, scale_wrt_gas=False)
-        if engine.get_global_grad_norm() is None:
+        if engine.is_gradient_accumulation_boundary() and engine.get_global_grad_norm() is None:
             norm = _gradient_norm(engine.module)
         engine.step()
     overflow = getattr(engine.optimizer, "overflow", False)  # plain torch optimizers have none

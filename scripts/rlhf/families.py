@@ -40,6 +40,30 @@ HEAD_COUNT = {"opt": "num_heads"}
 LANGUAGE_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
 
 
+# Factors of logits that families other than those tested have, by the attribute of their configuration.
+LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def capped(config: Any, logits: Any) -> Any:
+    """Return a head's logits as the family's own forward gives them out: Gemma2's are capped."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def refuse_scaled_logits(config: Any) -> None:
+    """Refuse a family whose logits are its head's times a factor: training would take them without it.
+
+    Raises:
+        UserError: with the attribute that says so.
+    """
+    for name in LOGIT_FACTORS:
+        if (factor := getattr(config, name, None)) not in (None, 1):
+            raise UserError(
+                f"{config.model_type} models scale their logits ({name} = {factor}), which is not supported:"
+                " choose a model of another family"
+            )
+
+
 def linear_layers(config: Any) -> tuple[str, ...]:
     """Return the names of the linear layers of a decoder layer.
 

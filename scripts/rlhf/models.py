@@ -43,9 +43,11 @@ def load_actor(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     Raises:
         DataError: weights are missing, unexpected or of another shape; they are named. Or its weights or its
             config.json cannot be read.
-        UserError: it gives scores, not text.
+        UserError: it gives scores, not text, or scales its logits as no family does that is supported.
     """
-    kinds = _config(path).architectures or []
+    config = _config(path)
+    families.refuse_scaled_logits(config)
+    kinds = config.architectures or []
     if any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(f"{path} is a reward model or a critic: it gives scores, not replies; give an actor")
     return _load(AutoModelForCausalLM, path, dtype, allowed=set())
@@ -128,31 +130,29 @@ def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:
     return {**inputs, "attention_mask": batch.attention}
 
 
-def response_logits(model: Any, batch: Padded, length: int, temperature: float = 1.0) -> Tensor:
-    """Return (B, A, V) float32: logits that predict the last `length` tokens, over temperature."""
-    logits = model(**hidden_inputs(model, batch), use_cache=False, logits_to_keep=length + 1).logits
-    scaled: Tensor = logits[:, :-1].float() / temperature
-    return scaled
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return (B, A) float32: log-probability of each token under (B, A, V) logits."""
-    return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-
-
-def response_logprobs(model: Any, batch: Padded, length: int, temperature: float) -> Tensor:
-    """Return (B, A) float32: log-probability of each of the last `length` tokens."""
-    return token_logprobs(response_logits(model, batch, length, temperature), batch.ids[:, -length:])
-
-
-def masked_logprobs(model: Any, batch: Padded | Packed, labels: Tensor) -> Tensor:
-    """Return (N,) float32: log-probability of each of the N tokens where `labels` (B, T) is True.
+def response_logits(model: Any, batch: Padded | Packed, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return (N, V) float32: logits that predict the N tokens where `labels` (B, T) is True, over temperature.
 
     The vocabulary is only looked at where it counts: logits of prompts and padding are not made.
     """
     hidden = model.base_model(**hidden_inputs(model, batch), use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:]]).float()
-    return -F.cross_entropy(logits, batch.ids[:, 1:][labels[:, 1:]], reduction="none")
+    logits: Tensor = model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:]])
+    return families.capped(model.config, logits).float() / temperature
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return (N,) float32: log-probability of each of (N,) tokens under (N, V) logits."""
+    return -F.cross_entropy(logits, tokens, reduction="none")
+
+
+def response_logprobs(model: Any, batch: Padded | Packed, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return (N,) float32: log-probability of each of the N tokens where `labels` (B, T) is True."""
+    return token_logprobs(response_logits(model, batch, labels, temperature), batch.ids[labels])
+
+
+def response_values(model: Any, batch: Padded, labels: Tensor) -> Tensor:
+    """Return (N,) float32: a critic's value of the state before each token where `labels` (B, T) is True."""
+    return token_values(model, batch)[:, :-1][labels[:, 1:]]
 
 
 def token_values(model: Any, batch: Padded | Packed) -> Tensor:

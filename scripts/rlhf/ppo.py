@@ -25,7 +25,7 @@ from rlhf.errors import DataError
 from rlhf.generation import Sampling
 from rlhf.health import Health
 from rlhf.metrics import Metrics, Values, significant
-from rlhf.models import load_actor, load_scorer, response_logits, token_logprobs, token_values
+from rlhf.models import load_actor, load_scorer, response_logits, response_values
 from rlhf.parallel import own, rank, total
 from rlhf.progress import progress
 from rlhf.ptx import Ptx
@@ -33,6 +33,7 @@ from rlhf.rollout import Models, Rollout
 from rlhf.rows import Rows
 from rlhf.state import State
 from rlhf.streams import Purpose, rng, seed_of
+from rlhf.tokens import Padded
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,7 @@ def _step(learner: Learner, seen: Rollout, targets: Targets, chosen: Tensor, num
     are the tokens of the whole mini-batch, so that neither changes the gradient.
     """
     actor, critic, config = learner.models.actor, learner.models.critic, learner.config
-    lengths = seen.batch.mask.sum(-1)[chosen]
-    grouped = chosen[lengths.argsort(stable=True)].split(config.run.micro_batch_size)
+    grouped = rollout.by_length(seen.batch, chosen, config.run.micro_batch_size)
     tokens = int(seen.response_mask[chosen].sum())
     parts = [_part(seen, targets, rows, tokens) for rows in own(grouped)]
     mine: list[Values] = []
@@ -254,51 +254,54 @@ def _step(learner: Learner, seen: Rollout, targets: Targets, chosen: Tensor, num
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch of a mini-batch with `tokens` tokens of responses."""
+    """A micro-batch of a mini-batch, as models read it, and what was seen and is asked of its N reply tokens."""
 
-    seen: Rollout
-    targets: Targets
-    tokens: int
+    batch: Padded  # (B, T)
+    replies: Tensor  # (B, T) bool; True at N tokens
+    old_logprobs: Tensor  # (N,)
+    old_values: Tensor  # (N,)
+    advantages: Tensor  # (N,)
+    returns: Tensor  # (N,)
+    tokens: int  # of replies, in the whole mini-batch
 
 
 def _part(seen: Rollout, targets: Targets, rows: Tensor, tokens: int) -> Part:
-    picked = seen.rows(rows)
-    length = picked.response_mask.shape[1]
-    theirs = Targets(targets.advantages[rows, :length], targets.returns[rows, :length])
-    return Part(picked, theirs, tokens)
+    mask = seen.response_mask[rows]
+    columns = (seen.old_logprobs, seen.values, targets.advantages, targets.returns)
+    return Part(
+        *rollout.as_read(seen.batch, seen.response_mask, rows), *(c[rows][mask] for c in columns), tokens
+    )
 
 
 def _actor_loss(model: Any, part: Part, config: Rlhf, metrics: list[Values]) -> Tensor:
     """Return a micro-batch's part of the policy loss; add its part of the metrics to `metrics`."""
-    seen, mask = part.seen, part.seen.response_mask
-    logits = response_logits(model, seen.batch, mask.shape[1], config.temperature)
-    logprobs = token_logprobs(logits, seen.batch.ids[:, -mask.shape[1] :])
-    logratio = (logprobs - seen.old_logprobs) * mask
-    losses = ppo_math.policy_loss(logratio, part.targets.advantages, config.clip_range)
+    logits = response_logits(model, part.batch, part.replies, config.temperature)
+    logprobs = logits.log_softmax(-1)
+    logratio = logprobs.gather(-1, part.batch.ids[part.replies][:, None])[:, 0] - part.old_logprobs
+    losses = ppo_math.policy_loss(logratio, part.advantages, config.clip_range)
     with torch.no_grad():
         ratio = logratio.exp()
         per_token = {
             "policy_loss": losses,
-            "entropy": ppo_math.entropy(logits),
+            "entropy": ppo_math.entropy(logprobs),
             "approx_kl": ppo_math.approx_kl(logratio),
             "ratio_mean": ratio,
             "ratio_variance": (ratio - 1) ** 2,
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).float(),
         }
-        metrics.append({name: float((x * mask).sum() / part.tokens) for name, x in per_token.items()})
-    return (losses * mask).sum() / part.tokens
+        metrics.append({name: float(x.sum() / part.tokens) for name, x in per_token.items()})
+    return losses.sum() / part.tokens
 
 
 def _critic_loss(model: Any, part: Part, config: Rlhf, metrics: list[Values]) -> Tensor:
     """Return a micro-batch's part of the value loss; add its part of the metrics to `metrics`."""
-    seen, mask = part.seen, part.seen.response_mask
-    values = token_values(model, seen.batch)[:, -mask.shape[1] - 1 : -1]
-    losses = ppo_math.value_loss(values, seen.values, part.targets.returns, config.value_clip_range)
-    loss = (losses * mask).sum() / part.tokens
-    outside = (values - seen.values).abs() > config.value_clip_range
+    values = response_values(model, part.batch, part.replies)
+    losses = ppo_math.value_loss(values, part.old_values, part.returns, config.value_clip_range)
+    loss = losses.sum() / part.tokens
+    outside = (values - part.old_values).abs() > config.value_clip_range
     metrics.append({
         "value_loss": float(loss.detach()),
-        "value_clip_fraction": float((outside * mask).sum() / part.tokens),
+        "value_clip_fraction": float(outside.sum() / part.tokens),
     })  # fmt: skip
     return loss
 

@@ -57,28 +57,27 @@ def gae(
 
 
 def policy_loss(logratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Return (B, A): the clipped surrogate loss of each token. Source: Schulman et al. 2017, eq. 7."""
+    """Return the clipped surrogate loss of each token, in any shape. Source: Schulman et al. 2017, eq. 7."""
     ratio = logratio.exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Return (B, A): half the squared error, values kept within `clip_range` of the rollout's."""
+    """Return half the squared error of each value, in any shape, values kept within `clip_range` of the rollout's."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def approx_kl(logratio: Tensor) -> Tensor:
-    """Return (B, A): an estimate of KL(old, new) that is never negative (k3).
+    """Return each token's estimate of KL(old, new), in any shape, which is never negative (k3).
 
     Source: Schulman, "Approximating KL Divergence", 2020.
     """
     return logratio.exp() - 1 - logratio
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Return (B, A): entropy in nats of (B, A, V) logits."""
-    logprobs = logits.log_softmax(-1)
+def entropy(logprobs: Tensor) -> Tensor:
+    """Return (...): entropy in nats of distributions, given (..., V) log-probabilities."""
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

@@ -20,11 +20,11 @@ from rlhf.config import RlhfRun
 from rlhf.engine import bare
 from rlhf.generation import Generated, Sampling, generate, uniforms
 from rlhf.lora import off
-from rlhf.models import evaluating, response_logprobs, scores, token_values
+from rlhf.models import evaluating, response_logprobs, response_values, scores
 from rlhf.parallel import Group
 from rlhf.sharding import generator
 from rlhf.streams import Purpose
-from rlhf.tokens import Ids, Padded, pad
+from rlhf.tokens import Ids, Padded, pad, response_labels
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,8 @@ class Rollout:
     values: Tensor  # (B, A) the critic's value of the state before each token
     scores: Tensor  # (B,) the reward model's raw score
 
-    def rows(self, chosen: Tensor) -> Rollout:
-        """Return some replies, as narrow as the longest prompt and the longest reply among them."""
-        picked = Rollout(
-            Padded(self.batch.ids[chosen], self.batch.mask[chosen]),
-            *(getattr(self, f.name)[chosen] for f in fields(self) if f.name != "batch"),
-        )
-        prompts = picked.batch.mask.shape[1] - picked.response_mask.shape[1]
-        left = prompts - int(picked.batch.mask[:, :prompts].sum(-1).max())
-        right = picked.response_mask.shape[1] - int(picked.response_mask.sum(-1).max())
-        return picked.resized(-left, -right)
-
     def resized(self, left: int, right: int, pad_id: int = 0) -> Rollout:
-        """Return the same with more padding on both sides, or less where a number is negative."""
+        """Return the same with more padding on both sides."""
         ids = F.pad(self.batch.ids, (left, right), value=pad_id)
         per_token = {
             f.name: F.pad(getattr(self, f.name), (0, right)) for f in fields(self) if f.name in PER_TOKEN
@@ -131,17 +120,40 @@ def roll_out(
 
 def observe(models: Models, made: Generated, temperature: float, micro_batch_size: int) -> Rollout:
     """Let all four models look at replies, a micro-batch at a time, without gradients."""
-    length = made.response_mask.shape[1]
-    columns: list[list[Tensor]] = [[], [], [], []]
+    mask = made.response_mask
+    old, ref, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    scored = torch.zeros(len(mask), device=mask.device)
     with evaluating(models.actor), evaluating(models.critic):
-        for part in micro_batches(len(made.ended), micro_batch_size):
-            batch = Padded(made.batch.ids[part], made.batch.mask[part])
-            columns[0].append(models.actor(response_logprobs, batch, length, temperature))
+        for rows in by_length(made.batch, torch.arange(len(mask), device=mask.device), micro_batch_size):
+            batch, replies = as_read(made.batch, mask, rows)
+            old[rows] = spread(models.actor(response_logprobs, batch, replies, temperature), mask[rows])
             with _reference(models) as reference:
-                columns[1].append(reference(response_logprobs, batch, length, temperature))
-            columns[2].append(models.critic(token_values, batch)[:, -length - 1 : -1])
-            columns[3].append(models.reward(scores, batch))
-    return Rollout(made.batch, made.response_mask, made.ended, *map(torch.cat, columns))
+                ref[rows] = spread(reference(response_logprobs, batch, replies, temperature), mask[rows])
+            values[rows] = spread(models.critic(response_values, batch, replies), mask[rows])
+            scored[rows] = models.reward(scores, batch)
+    return Rollout(made.batch, mask, made.ended, old, ref, values, scored)
+
+
+def by_length(batch: Padded, rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Return micro-batches of at most `size` of the `rows`, those of like length together."""
+    return rows[batch.mask.sum(-1)[rows].argsort(stable=True)].split(size)
+
+
+def as_read(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Padded, Tensor]:
+    """Return some prompts with their replies as models read them, without padding between and before.
+
+    Returns:
+        (B, T) padded on the right, and (B, T) bool, True on the replies. Row by row their tokens are those
+        where `response_mask` is True, in the same order.
+    """
+    whole = Padded(batch.ids[rows], batch.mask[rows])
+    read, prompts = whole.compact(), whole.mask.sum(-1) - response_mask[rows].sum(-1)
+    return read, response_labels(prompts, read)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, A) with (N,) values where `mask` is True, row by row; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
 
 
 @contextmanager

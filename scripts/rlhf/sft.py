@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.metrics import Values
-from rlhf.models import masked_logprobs
+from rlhf.models import response_logprobs
 from rlhf.supervised import Batch, Task, on_device
 from rlhf.tokens import arrange, response_labels
 
@@ -37,7 +37,7 @@ def _loss(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Tenso
     """Return the summed negative log-likelihood of the responses' tokens."""
     batch = on_device(arrange([[np.concatenate(row)] for row in rows], pad_id, pack_width))
     labels = response_labels([len(prompt) for prompt, _ in rows], batch)
-    return -masked_logprobs(model, batch, labels).sum()
+    return -response_logprobs(model, batch, labels).sum()
 
 
 def _measure(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Values:

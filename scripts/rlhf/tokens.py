@@ -22,25 +22,38 @@ class Padded:
 
     ids: Tensor  # (B, T) int64; the pad id where mask is False
     mask: Tensor  # (B, T) bool; True: a real token
+    flush: bool = False  # padding is on the right alone
 
     def to(self, device: torch.device) -> Padded:
         """Return the same on a device."""
-        return Padded(self.ids.to(device), self.mask.to(device))
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
 
     @property
     def positions(self) -> Tensor:
         """(B, T) int64: 0 at the first real token, whichever side the padding is on."""
+        if self.flush:
+            return torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
         return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
 
     @property
-    def attention(self) -> Tensor:
-        """(B, T) int64: 1 at tokens that may be attended to; causality is the model's business."""
-        return self.mask.long()
+    def attention(self) -> Tensor | None:
+        """(B, T) int64: 1 at tokens that may be attended to; causality is the model's business.
+
+        None where causality does it all: no real token has padding before it. Attention without a mask is quicker.
+        """
+        return None if self.flush else self.mask.long()
 
     @property
     def ends(self) -> Tensor:
         """(B,) int64: place of each sequence's last token when all rows are one."""
         return torch.arange(len(self.ids), device=self.ids.device) * self.ids.shape[1] + self.last
+
+    def compact(self) -> Padded:
+        """Return the same sequences from the first column on, as narrow as the longest of them."""
+        order = (~self.mask).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
+        width = int(self.mask.sum(-1).max())
+        ids, mask = (x.gather(1, order)[:, :width] for x in (self.ids, self.mask))
+        return Padded(ids, mask, flush=True)
 
     @property
     def last(self) -> Tensor:
@@ -131,12 +144,12 @@ def pad(sequences: Sequence[Ids], pad_id: int, *, side: str) -> Padded:
     for i, tokens in enumerate(sequences):
         where = slice(longest - len(tokens), None) if side == "left" else slice(0, len(tokens))
         ids[i, where], mask[i, where] = tokens, True
-    return Padded(torch.from_numpy(ids), torch.from_numpy(mask))
+    return Padded(torch.from_numpy(ids), torch.from_numpy(mask), flush=side == "right")
 
 
-def response_labels(prompt_lengths: Sequence[int], batch: Padded | Packed) -> Tensor:
+def response_labels(prompt_lengths: Sequence[int] | Tensor, batch: Padded | Packed) -> Tensor:
     """Return (B, T) bool: True on the response and its EOS of each sequence, padded on the right."""
-    starts = torch.tensor(prompt_lengths, device=batch.ids.device)
+    starts = torch.as_tensor(prompt_lengths, device=batch.ids.device)
     if isinstance(batch, Packed):
         return (batch.sequences >= 0) & (batch.positions >= starts[batch.sequences.clamp(min=0)])
     return batch.mask & (batch.positions >= starts[:, None])

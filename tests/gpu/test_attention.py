@@ -54,7 +54,7 @@ def logprobs(model, batch):
     batch = batch.to(parallel.device())
     labels = response_labels([1] * len(LENGTHS), batch)
     with torch.no_grad():
-        found = models.masked_logprobs(model.eval(), batch, labels)
+        found = models.response_logprobs(model.eval(), batch, labels)
     if hasattr(batch, "sequences"):
         found = found[batch.sequences[labels].argsort(stable=True)]
     return found

@@ -84,8 +84,7 @@ def report(results: Path, name: str) -> list[str]:
 
 def unhealthy(volume: Path, name: str) -> list[str]:
     """Print how far PPO's updates went; return which of the health gate's bounds an iteration broke."""
-    record = json.loads((volume / "results" / name / "rlhf/eval/provenance.json").read_text())
-    ppo = volume / record["parents"]["rlhf"]
+    ppo = ppo_of(volume, name)
     lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     bounds = [b for b in health.BOUNDS if b.metric in ("ratio_mean", "clip_fraction", "approx_kl")]
     ranges = {b.metric: [f([line[b.metric] for line in lines]) for f in (min, max)] for b in bounds}
@@ -93,6 +92,12 @@ def unhealthy(volume: Path, name: str) -> list[str]:
           + f"; {seconds_per_sample(ppo):.4f} s per sample on one thread")  # fmt: skip
     return [f"{name}: {health.in_words(b, value)}" for b in bounds for value in ranges[b.metric]
             if not b.least <= value <= b.most]  # fmt: skip
+
+
+def ppo_of(volume: Path, name: str) -> Path:
+    """Return the artefact of step 3 that a scenario's comparison is of."""
+    record = json.loads((volume / "results" / name / "rlhf/eval/provenance.json").read_text())
+    return volume / record["parents"]["rlhf"]
 
 
 def seconds_per_sample(ppo: Path) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from learn import PROJECT, SEEDS, report, seconds_per_sample, snakemake, volume_of
+from learn import PROJECT, SEEDS, ppo_of, report, seconds_per_sample, snakemake, volume_of
 
 from rlhf import models
 from rlhf.rows import Rows
@@ -30,7 +30,7 @@ from rlhf.templates import load_tokenizer
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-KL_COEF, LEARNING_RATE = 0.1, 1.0e-4
+KL_COEF, LEARNING_RATE = 0.2, 1.0e-4
 
 
 def main() -> None:
@@ -41,23 +41,23 @@ def main() -> None:
     snakemake(volume, scenarios, [f"results/{name}/rlhf/eval" for name in scenarios], "--cores", "1")
     torch.set_num_threads(1)
     for seed in SEEDS:
-        results = volume / "results" / f"ours-{seed}"
+        results, ppo = volume / "results" / f"ours-{seed}", ppo_of(volume, f"ours-{seed}")
         report(results, f"ours-{seed}")
         theirs = volume / "results" / f"trl-{seed}"
-        peers = train(volume, results, theirs / "rlhf", seed)
+        peers = train(volume, results, ppo, theirs / "rlhf", seed)
         compare(volume, results, theirs)
         report(theirs, f"trl-{seed}")
-        ours = seconds_per_sample((results / "rlhf/actor").resolve().parent)
+        ours = seconds_per_sample(ppo)
         print(
             f"seconds per sample: ours {ours:.4f}, TRL {peers:.4f}: {ours / peers:.2f} of its time",
             flush=True,
         )
 
 
-def train(volume: Path, results: Path, output: Path, seed: int) -> float:
-    """Train with TRL as ours has trained, save the actor, and return the seconds per sample."""
+def train(volume: Path, results: Path, ppo: Path, output: Path, seed: int) -> float:
+    """Train with TRL as `ppo` was trained, save the actor, and return the seconds per sample."""
     sft, reward = (results / name for name in ("sft/actor", "reward/model"))
-    record = json.loads((results / "rlhf/actor").resolve().parent.joinpath("provenance.json").read_text())
+    record = json.loads((ppo / "provenance.json").read_text())
     config, tokenizer = record["config"], load_tokenizer(sft)
     prompts = Rows(volume / record["parents"]["data"] / "train")
     asked = Dataset.from_dict({"input_ids": [prompts[i][0].tolist() for i in range(len(prompts))]})
@@ -115,8 +115,14 @@ def compare(volume: Path, results: Path, theirs: Path) -> None:
     run = json.loads((made / "run.json").read_text())["run"]
     script = PROJECT / "scripts" / "compare_replies.py"
     options = {"spec": json.dumps(spec), "run": json.dumps(run), "output": str(theirs / "rlhf/eval")}
-    command = [sys.executable, str(script), *(part for k, v in options.items() for part in (f"--{k}", v))]
-    subprocess.run(command, cwd=volume, check=True, stdout=subprocess.DEVNULL)
+    launch = [
+        str(script.with_name("launch.py")),
+        "--log",
+        str(volume / "logs" / f"{theirs.name}.log"),
+        str(script),
+    ]
+    command = [sys.executable, *launch, *(part for k, v in options.items() for part in (f"--{k}", v))]
+    subprocess.run(command, cwd=volume, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

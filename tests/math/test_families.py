@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 import torch
 import trainings
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from rlhf import lora, models, reward, sft
 from rlhf.config import Lora
@@ -54,7 +59,7 @@ def scorer(paths, name):
 
 def logprobs(model, batch, prompts):
     with torch.no_grad():
-        return models.masked_logprobs(model, batch, response_labels(prompts, batch))
+        return models.response_logprobs(model, batch, response_labels(prompts, batch))
 
 
 def test_dropout_is_off(model):
@@ -148,6 +153,36 @@ def test_weights_that_cannot_be_read_are_told(actor, tmp_path, damage):
     with pytest.raises(DataError, match=f"the weights in {tmp_path} cannot be read: ") as caught:
         models.load_actor(tmp_path, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_logits_are_those_that_the_family_gives_out(model, sequences):
+    batch = pad(sequences(9, 14, 6), PAD, side="right")
+    labels = response_labels([3, 5, 1], batch)
+    with torch.no_grad():
+        whole = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        close(
+            models.response_logits(model, batch, labels), whole[:, :-1][labels[:, 1:]], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_logits_that_a_family_caps_are_capped(sequences, tmp_path):
+    torch.manual_seed(5)
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(**families.COMMON, **families.GROUPED, head_dim=8, final_logit_softcapping=0.5)
+    ).eval()
+    test_logits_are_those_that_the_family_gives_out(capped, sequences)
+    capped.config.final_logit_softcapping = None
+    batch = pad(sequences(9), PAD, side="right")
+    with torch.no_grad():
+        assert models.response_logits(capped, batch, batch.mask & (batch.positions > 3)).abs().max() > 0.6
+
+
+def test_a_family_whose_logits_have_a_factor_is_refused(actor, tmp_path):
+    actor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"logit_scale": 0.0625}))
+    with pytest.raises(UserError, match=r"opt models scale their logits \(logit_scale = 0\.0625\)"):
+        models.load_actor(tmp_path, torch.float32)
 
 
 def test_sequences_that_a_model_has_no_positions_for_are_refused(actor_path):

@@ -133,8 +133,10 @@ def test_cached_steps_see_what_the_whole_sequence_sees(actor, sequences):
     """Greedy tokens are the most likely ones by the engine that trains, too."""
     made = replies(actor, sequences(3, 9, 5, 14), 0, NEVER)
     with torch.no_grad():
-        logits = response_logits(actor, made.batch, LENGTH)
-    chosen = token_logprobs(logits, made.responses)
+        labels = torch.zeros_like(made.batch.mask)
+        labels[:, -LENGTH:] = True
+        logits = response_logits(actor, made.batch, labels)
+    chosen = token_logprobs(logits, made.responses.flatten())
     torch.testing.assert_close(chosen, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
 
 

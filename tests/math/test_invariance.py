@@ -36,9 +36,17 @@ def widened(batch, left=0, right=0, fill=PAD):
     )
 
 
+def ending(batch, length):
+    """Return labels that are True on the last `length` tokens of every row."""
+    labels = torch.zeros_like(batch.mask)
+    labels[:, -length:] = True
+    return labels
+
+
 def response_logprobs(model, batch, length):
+    """Return (B, length) log-probabilities of the last tokens of every row."""
     with torch.no_grad():
-        return models.token_logprobs(models.response_logits(model, batch, length), batch.ids[:, -length:])
+        return models.response_logprobs(model, batch, ending(batch, length)).view(-1, length)
 
 
 def test_more_padding_on_the_left_changes_no_response(actor, sequences):
@@ -66,7 +74,7 @@ def test_what_follows_a_token_does_not_change_it(actor, sequences):
 def test_temperature_divides_logits(actor, sequences):
     batch = pad(sequences(9, 14), PAD, side="left")
     with torch.no_grad():
-        one, two = (models.response_logits(actor, batch, 4, t) for t in (1.0, 2.0))
+        one, two = (models.response_logits(actor, batch, ending(batch, 4), t) for t in (1.0, 2.0))
     close(one, 2 * two)
 
 
@@ -75,12 +83,22 @@ def test_logprobs_where_labels_are_equal_those_of_each_token(actor, sequences):
     batch = pad(several, PAD, side="right")
     labels = response_labels(prompts, batch)
     with torch.no_grad():
-        picked = models.masked_logprobs(actor, batch, labels)
+        picked = models.response_logprobs(actor, batch, labels)
     expected = [
         response_logprobs(actor, pad([one], PAD, side="left"), len(one) - n)[0]
         for one, n in zip(several, prompts, strict=True)
     ]
     close(picked, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_compact_rows_hold_the_same_tokens_in_order_and_no_padding_but_on_the_right(sequences):
+    several = sequences(9, 3, 6)
+    left = pad(several, PAD, side="left")
+    holes = Padded(torch.cat([left.ids, left.ids], 1), torch.cat([left.mask, left.mask], 1))  # padding within
+    for batch, rows in ((left, several), (holes, [np.concatenate([s, s]) for s in several])):
+        found, expected = batch.compact(), pad(rows, PAD, side="right")
+        assert torch.equal(found.mask, expected.mask)
+        assert torch.equal(found.ids[found.mask], expected.ids[expected.mask])
 
 
 def test_labels_are_true_on_responses_alone(sequences):
@@ -92,9 +110,8 @@ def test_labels_are_true_on_responses_alone(sequences):
 
 def test_probabilities_add_up_to_one(actor, sequences):
     with torch.no_grad():
-        logits = models.response_logits(actor, pad(sequences(8), PAD, side="left"), 1)
-    every = torch.arange(64)[:, None]
-    logprobs = models.token_logprobs(logits.expand(64, -1, -1), every)
+        logits = models.response_logits(actor, batch := pad(sequences(8), PAD, side="left"), ending(batch, 1))
+    logprobs = models.token_logprobs(logits.expand(64, -1), torch.arange(64))
     close(logprobs.exp().sum(), torch.tensor(1.0))
 
 

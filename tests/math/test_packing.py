@@ -69,7 +69,7 @@ def test_a_kernel_sees_what_the_mask_lets_through(path, sequences):
     labels = response_labels(prompts, packed)
     with torch.no_grad():
         expected, found = (
-            models.masked_logprobs(model.eval(), packed, labels)
+            models.response_logprobs(model.eval(), packed, labels)
             for model in both(lambda: models.load_actor(path, torch.float32))
         )
     close(found, expected, atol=1e-4, rtol=1e-4)

@@ -163,7 +163,7 @@ def test_ratios_and_values_are_clipped_by_ranges_of_their_own(seen, actor, score
     )  # fmt: skip
     ranges = {"clip_range": 0.05, "value_clip_range": 0.3, "temperature": 0.7}
     config, told = trainings.settings("rlhf", ranges), []
-    part = ppo.Part(old, ppo.Targets(advantages, returns), tokens=int(mask.sum()))
+    part = ppo._part(old, ppo.Targets(advantages, returns), torch.arange(len(mask)), tokens=int(mask.sum()))
     found = ppo._actor_loss(actor, part, config, told), ppo._critic_loss(scorers[0], part, config, told)
     expected = (
         ppo_math.policy_loss(0.2 * moved, advantages, 0.05),
