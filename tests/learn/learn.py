@@ -104,7 +104,12 @@ def seconds_per_sample(ppo: Path) -> float:
     """Return how long a training of step 3 took, all in all, by the replies that it sampled."""
     config = json.loads((ppo / "provenance.json").read_text())["config"]
     seconds: float = json.loads((ppo / "run.json").read_text())["seconds"]
-    return seconds / (config["iterations"] * config["rollout_batch_size"])
+    return seconds / samples(config)
+
+
+def samples(config: dict[str, int]) -> int:
+    """Return how many replies a training of step 3 samples to learn from."""
+    return config["iterations"] * config["rollout_batch_size"]
 
 
 def accuracy(model: Path) -> list[str]:

@@ -2,10 +2,9 @@
 
     make peer [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"]
 
-Both are compared as `make learn` compares: the same held-out prompts, the same sampling noise. Ours counts the
-whole process (imports, states, curves), TRL's the time in `train()` alone. TRL has the values of
-its learning rate and KL coefficient that give it a KL like ours; the reward model is normalised for it, as ours
-does by itself: TRL's would otherwise follow the scale of the scores.
+Both are compared as `make learn` compares: the same held-out prompts, the same sampling noise. What is timed are
+both loops, from the first prompt to the last optimizer step. TRL has a learning rate and a KL coefficient that give
+it a KL like ours; the reward model is normalised for it, which ours does by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from learn import PROJECT, SEEDS, ppo_of, report, seconds_per_sample, snakemake, volume_of
+from learn import PROJECT, SEEDS, ppo_of, report, samples, seconds_per_sample, snakemake, volume_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf import models
 from rlhf.rows import Rows
@@ -47,9 +47,10 @@ def main() -> None:
         peers = train(volume, results, ppo, theirs / "rlhf", seed)
         compare(volume, results, theirs)
         report(theirs, f"trl-{seed}")
-        ours = seconds_per_sample(ppo)
+        whole, ours = seconds_per_sample(ppo), loop_seconds(volume, ppo)
         print(
-            f"seconds per sample: ours {ours:.4f}, TRL {peers:.4f}: {ours / peers:.2f} of its time",
+            f"seconds per sample: ours {ours:.4f} (with all before and after {whole:.4f}), TRL {peers:.4f}:"
+            f" {ours / peers:.2f} of its time",
             flush=True,
         )
 
@@ -79,12 +80,19 @@ def train(volume: Path, results: Path, ppo: Path, output: Path, seed: int) -> fl
     return seconds / trainer.args.total_episodes
 
 
+def loop_seconds(volume: Path, ppo: Path) -> float:
+    """Return the seconds per sample of a training's iterations, states included, from what TensorBoard got."""
+    board = EventAccumulator(str(volume / "logs/tensorboard/rlhf" / ppo.name)).Reload()
+    config = json.loads((ppo / "provenance.json").read_text())["config"]
+    return sum(event.value for event in board.Scalars("seconds")) / samples(config)
+
+
 def settings(config: dict[str, Any], seed: int, output: Path) -> PPOConfig:
     """Return our values in TRL's words. Without accumulation: TRL would count mini-batches as its parts."""
     return PPOConfig(
         output_dir=str(output), seed=seed, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_strategy="no", num_sample_generations=0, stop_token="eos",
-        total_episodes=config["iterations"] * config["rollout_batch_size"],
+        total_episodes=samples(config),
         per_device_train_batch_size=config["rollout_batch_size"], gradient_accumulation_steps=1,
         local_rollout_forward_batch_size=config["rollout_batch_size"],
         num_mini_batches=config["mini_batches"], num_ppo_epochs=config["ppo_epochs"],
