@@ -19,7 +19,12 @@ def test_a_machine_without_a_cluster_says_why(tmp_path, required, fails):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("K8S_") and k != "MAKEFLAGS"}
     environment |= {"K8S_TEST_CLUSTER": str(tmp_path), "K8S_REQUIRED": required}
     environment["PYTHONPATH"] = f"{REPO}/scripts:{REPO}/k8s"
-    command = ["make", f"--old-file={sys.prefix}/.installed", f"VENV={sys.prefix}", "test-k8s"]
+    command = [
+        "make",
+        *(f"--old-file={sys.prefix}/.installed{part}" for part in ("", "-test")),
+        f"VENV={sys.prefix}",
+        "test-k8s",
+    ]
     run = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     assert f"the k8s layer is skipped: no test cluster at {tmp_path}" in run.stderr
     assert bool(run.returncode) == fails
