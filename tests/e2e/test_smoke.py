@@ -195,7 +195,7 @@ def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
 
 
 def test_two_swapped_learning_rates_are_noticed(smoke):
-    swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 2.0e-4}}"
+    swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 1.4e-4}}"
     assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, "link": 1}
 
 
