@@ -44,8 +44,8 @@ def refuse_unusable_volume(pvc):
     """
     if not (Path(pvc).is_dir() and os.access(pvc, os.W_OK)):
         raise UserError(
-            f"pvc = {pvc!r}: should be a directory that is there and can be written to, by its path from / or"
-            " from here: make it, mount it, or correct pvc"
+            f"pvc = {pvc!r} is not a writable directory: give an absolute path or one relative to"
+            f" {os.getcwd()}, and make or mount it if it is not there yet"
         )
 
 

@@ -30,7 +30,7 @@ from rlhf.tokens import pad
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="directory of the model")
-    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--prompt", help="answer one prompt and exit")
     parser.add_argument("--max-new-tokens", type=at_least(int, 1), default=64)
     parser.add_argument("--temperature", type=at_least(float, 0), default=0.7, help="0 is greedy")
     parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; drawn when not given")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,14 +129,35 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
     """Run to the end, copying output to the terminal and the log; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment["PYTHONUNBUFFERED"] = "1"
-    with log.open("ab") as file:  # a second try does not wipe out what the first one said
+    with log.open("a+b") as file:  # a second try does not wipe out what the first one said
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: process.send_signal(received))
         assert process.stdout is not None
         _copy(process.stdout, file)
         code = process.wait()
+        if code < 0:
+            said = f"error: {ended_by(-code)}\n"
+            sys.stderr.write(said)
+            file.write(said.encode())
+        _keep(file, log)
     return code if code >= 0 else 128 - code
+
+
+def _keep(file: BinaryIO, log: Path) -> None:
+    """Put what was written back where somebody removed the log meanwhile: Snakemake does, at a second start."""
+    file.flush()
+    if log.exists() and os.path.samestat(os.fstat(file.fileno()), log.stat()):
+        return
+    file.seek(0)
+    with log.open("ab") as again:
+        shutil.copyfileobj(file, again)
+
+
+def ended_by(number: int) -> str:
+    """Return in words that a signal ended the script, why that may be, and how to go on."""
+    why = ", as the kernel does when memory runs out (mem_mb)" if number == signal.SIGKILL else ""
+    return f"the process was ended by {signal.Signals(number).name}{why}; the same command goes on from what is saved"
 
 
 def _copy(source: BinaryIO, log: BinaryIO) -> None:

@@ -25,8 +25,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     args = parser().parse_args()
-    settings = config.load(tree_of(args.configfile))
-    place = args.pvc or PROJECT / settings.pvc
+    more = getattr(args, "configfile", None)  # either may stand before the command or after it
+    settings = config.load(tree_of(more))
+    place = getattr(args, "pvc", None) or PROJECT / settings.pvc
     if not place.is_dir():
         raise UserError(f"{place} is not a directory: give --pvc, or correct pvc in config.yaml")
     os.chdir(place)
@@ -39,28 +40,33 @@ def main() -> None:
     elif args.command == "adopt":
         print("\n".join(volume.adopt(args.name)))
     elif args.command == "gc":
-        collect(volume, args.yes, args.configfile)
+        collect(volume, args.yes, more)
     else:
         verify(volume, args.name)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the reader of the command line."""
+    places = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    places.add_argument("--configfile", type=Path, help="laid over config.yaml, as Snakemake's")
+    places.add_argument("--pvc", type=Path, help="the volume; by default what the configuration says")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--configfile", type=Path, help="laid over config.yaml, as Snakemake's")
-    parser.add_argument("--pvc", type=Path, help="the volume; by default what the configuration says")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        parents=[places],
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="what is there, size, age, and which results name it")
+    commands.add_parser("ls", parents=[places], help="what is there, size, age, and which results name it")
     for command, text in (
         ("why", "what differs from its nearest relative"),
         ("adopt", "declare an existing artefact, and what it is made from, valid for the current code"),
     ):
-        commands.add_parser(command, help=text).add_argument("name")
-    gc = commands.add_parser("gc", help="remove what no result names; shows first, asks")
+        commands.add_parser(command, parents=[places], help=text).add_argument("name")
+    gc = commands.add_parser(
+        "gc", parents=[places], help="remove what no result and no scenario asks for; shows first, asks"
+    )
     gc.add_argument("--yes", action="store_true", help="do not ask")
-    commands.add_parser("verify", help="compare files with their hashes").add_argument("name", nargs="*")
+    verify = commands.add_parser("verify", parents=[places], help="compare files with their hashes")
+    verify.add_argument("name", nargs="*")
     return parser
 
 
@@ -94,7 +100,10 @@ def collect(volume: upkeep.Volume, yes: bool, more: Path | None) -> None:
         for path in left:
             print(f"left, a process has taken it up or away: {path}")
     else:
-        print("nothing removed; answer y, or give --yes")
+        print(
+            "nothing removed"
+            + ("" if sys.stdin.isatty() else ": this is no terminal, give --yes to remove them")
+        )
 
 
 def verify(volume: upkeep.Volume, names: list[str]) -> None:

@@ -42,7 +42,7 @@ def _reached(entry: Path) -> set[Path]:
 
 @cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def _imports(path: Path) -> Iterator[str]:

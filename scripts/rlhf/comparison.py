@@ -28,6 +28,7 @@ LEGEND = """\
 before: SFT; after: RLHF. score: the reward model's; judged: by the judge of the configuration (VADER's
 compound is -1 to 1). words: of a reply; distinct_2: different bigrams over all bigrams. matched_length: over the
 word counts that both have, replies after weighted to those before; in_common: the share of such replies.
+win rate: share of prompts whose reply after is the better one, equal ones count half.
 KL: log pi - log SFT, summed over a reply's tokens.
 """
 
@@ -162,6 +163,6 @@ def table(rows: Sequence[dict[str, Any]], figures: Figures) -> str:
         lines.append(f"{name:<22} {before:>9} {after:>9}")
     for name in (n for n in figures if n.startswith("win_rate")):
         by = name.removeprefix("win_rate_")
-        lines.append(f"{'better by ' + by:<22} {'':>9} {figures[name]:9.1%} of prompts")
+        lines.append(f"{'win rate, ' + by:<22} {'':>9} {figures[name]:9.1%}")
     lines.append(f"{'KL to the SFT actor':<22} {'':>9} {figures['kl']:9.3f} nats per reply")
     return "\n".join([*lines, "", LEGEND])

@@ -121,8 +121,11 @@ class Dataset(Section):
             raise ValueError(f"{name}: {why}")
         columns = catalog.known_columns(name)
         if columns is None:
-            example = f"{{name: {name}, columns: {{prompt: question, chosen: better, rejected: worse}}}}"
-            raise ValueError(f"the columns of {name} are not known: say which hold what, as {example}")
+            example = f"{{name: {name}, columns: {{prompt: question, response: answer}}}}"
+            raise ValueError(
+                f"the columns of {name} are not known: say which hold what, as {example}; of pairs: chosen and"
+                " rejected instead of response"
+            )
         return {**entry, "columns": columns}
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -191,7 +194,11 @@ class Sft(Training):
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
         if without := [d.name for d in self.datasets if not d.columns.has_responses]:
-            yield ("datasets",), f"datasets {', '.join(without)} hold no responses: name others"
+            yield (
+                ("datasets",),
+                f"step 1 imitates replies, {', '.join(without)} has none: name its column as `response` or `chosen` in"
+                " `columns`, or name another dataset",
+            )
 
 
 class Reward(Training, Model):
@@ -200,7 +207,11 @@ class Reward(Training, Model):
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
         if without := [d.name for d in self.datasets if not d.columns.has_pairs]:
-            yield ("datasets",), f"datasets {', '.join(without)} hold no preference pairs: name others"
+            yield (
+                ("datasets",),
+                f"step 2 compares replies, {', '.join(without)} has no pairs: name `chosen` and `rejected` in `columns`,"
+                " or name another dataset",
+            )
 
 
 class Rlhf(Section):

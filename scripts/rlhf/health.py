@@ -20,6 +20,7 @@ class Bound:
     least: float
     most: float
     meaning: str
+    since: int = 1  # iteration
 
 
 BOUNDS = (
@@ -32,7 +33,8 @@ BOUNDS = (
     Bound("approx_kl", -1e-3, 0.1, "an iteration moves the policy far: lower the learning rate or ppo_epochs"),
     Bound("kl_ref", -1, 10, "replies are far from the SFT model's: raise kl_coef, or set kl_target"),
     Bound("entropy", 0.1, float("inf"), "the policy is nearly deterministic: raise kl_coef or the temperature"),
-    Bound("explained_variance", -1, 1, "the critic is worse than a constant: lower its learning rate"),
+    Bound("explained_variance", -1, 1, "the critic is worse than a constant: lower its learning rate",
+          since=10),  # it has to learn first
     Bound("ended", 0.2, 1, "most replies do not end: raise max_new_tokens or missing_eos_penalty"),
     Bound("score_length_correlation", -0.9, 0.9, "the score says little more than the length of a reply"),
     Bound("length", 2, float("inf"), "replies shrink to nothing: look at what the reward model prefers"),
@@ -49,11 +51,11 @@ class Health:
         """Compare an iteration's metrics with their bounds."""
         for bound in BOUNDS:
             value, name = values[bound.metric], bound.metric
-            well = bound.least <= value <= bound.most
+            well = bound.least <= value <= bound.most or iteration < bound.since
             if not well and name not in self.outside:
                 logger.warning("iteration %d: %s", iteration, in_words(bound, value))
             elif well and name in self.outside:
-                logger.info("iteration %d: %s = %.3g is back in its bounds", iteration, name, value)
+                logger.info("iteration %d: %s = %.3g is back within its bounds", iteration, name, value)
             self.outside = self.outside - {name} if well else self.outside | {name}
 
 

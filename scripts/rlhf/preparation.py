@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections import Counter
@@ -133,11 +134,8 @@ def _mine(
         except Unusable as error:
             counts[f"{DROPPED}{error}"] += 1
             continue
-        except KeyError as error:
-            raise DataError(
-                f"{name} has no column {error}; it has {', '.join(raw)}: name the one to read in `columns` of the"
-                " dataset"
-            ) from None
+        except KeyError:
+            raise DataError(_missing_columns(name, raw, how["columns"])) from None
         if any(special.search(text) for text in (*row.turns, *row.texts())):
             # It would be read as the end of a turn, not as what somebody wrote.
             counts[f"{DROPPED}holds a special token"] += 1
@@ -148,6 +146,14 @@ def _mine(
             yield EVAL if phase == EVAL else "train", row
         else:
             counts[f"{LEFT}{phase}"] += 1
+
+
+def _missing_columns(name: str, raw: dict[str, Any], columns: dict[str, Any]) -> str:
+    """Say which columns a dataset lacks, which it has, and which were perhaps meant."""
+    wanted = [column for column in columns.values() if isinstance(column, str) and column not in raw]
+    close = {column: difflib.get_close_matches(column, raw, n=1) for column in wanted}
+    told = ", ".join(f"{c!r}" + (f" (did you mean {m[0]}?)" if m else "") for c, m in close.items())
+    return f"{name} has no column named {told}; it has {', '.join(raw)}: correct `columns` of the dataset"
 
 
 def _tokenised(

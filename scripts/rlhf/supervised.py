@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from rlhf.streams import Purpose, seed_of
 from rlhf.tokens import Packed, Padded
 
 Batch = Sequence[list[Ids]]
+
+logger = logging.getLogger(__name__)
+
+MANY_PASSES = 20  # over the same rows, more than which is a mistake more often than not
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,13 @@ def train(
     state.lock()
     rows, held_out = Rows(data / "train"), Rows(data / "eval")
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
+    if (passes := steps * batch.train_batch_size / len(rows)) > MANY_PASSES:
+        logger.warning(
+            "%s passes %.0f times over %d rows: bring more rows, or train for fewer steps",
+            task.name,
+            passes,
+            len(rows),
+        )
     if config.lora:
         lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
     if task.pack_width is not None:

@@ -67,8 +67,8 @@ class Volume:
         """Return one line per artefact: size, age, path, names."""
         names, now = self.names(), time.time()
         return [
-            f"{human(size(path)):>9}  {(now - (path / store.PROVENANCE).stat().st_mtime) / 86400:6.1f} d  {path}"
-            + "".join(f"\n{'':21}<- {name}" for name in names.get(path, []))
+            f"{human(size(path)):>10}  {age(now - (path / store.PROVENANCE).stat().st_mtime):>8}  {path}"
+            + "".join(f"\n{'':22}<- {name}" for name in names.get(path, []))
             for path in self.present()
         ]
 
@@ -297,6 +297,14 @@ def newest(path: Path) -> float:
         with suppress(FileNotFoundError):  # whoever writes it may also rename it
             times.append(each.lstat().st_mtime)
     return max(times, default=0.0)
+
+
+def age(seconds: float) -> str:
+    """Return a time to read."""
+    for unit, length in (("d", 86400), ("h", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 60:.0f} min"
 
 
 def human(size_bytes: float) -> str:

@@ -138,7 +138,10 @@ def test_an_unknown_dataset_is_told_with_what_there_is():
     [
         ("a/b", "the columns of a/b are not known: say which hold what, as {name: a/b, columns: {prompt:"),
         ({"name": "a/b", "columns": {"prompt": "p", "chosen": "c"}}, "chosen and rejected go together"),
-        ({"name": "a/b", "columns": {"prompt": "p"}}, "datasets a/b hold no responses"),
+        (
+            {"name": "a/b", "columns": {"prompt": "p"}},
+            "step 1 imitates replies, a/b has none: name its column as `response` or `chosen`",
+        ),
         ({"name": "builtin/chitchat", "revision": "v2"}, "is not on the Hub and has no revision v2"),
         ({"name": "a/b", "columns": {"promt": "p"}}, "columns.promt"),
         ({"name": "a/../b", "columns": {"prompt": "p", "response": "r"}}, "should be organisation/name"),
@@ -181,8 +184,9 @@ def test_a_known_dataset_needs_its_name_only():
 
 
 def test_a_reward_model_needs_pairs():
-    assert "datasets builtin/chitchat hold no preference pairs" in the_mistake(
-        a={"reward": {"datasets": ["builtin/chitchat"]}}
+    assert (
+        "step 2 compares replies, builtin/chitchat has no pairs: name `chosen` and `rejected`"
+        in the_mistake(a={"reward": {"datasets": ["builtin/chitchat"]}})
     )
 
 

@@ -28,10 +28,14 @@ def test_a_healthy_training_is_left_in_peace(caplog):
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.metric)
 def test_each_metric_outside_its_bounds_is_told_in_words(caplog, bound):
     value = bound.most + 1 if bound.most < float("inf") else bound.least - 0.05
-    ((level, text),) = said(caplog, {bound.metric: value})
+    ((level, text),) = said(caplog, *([{bound.metric: value}] * bound.since))
     assert level == "WARNING"
-    assert text.startswith(f"iteration 1: {bound.metric} = ")
+    assert text.startswith(f"iteration {bound.since}: {bound.metric} = ")
     assert bound.meaning in text
+
+
+def test_a_critic_is_not_judged_before_it_has_learned(caplog):
+    assert said(caplog, *[{"explained_variance": -6.0}] * 9) == []
 
 
 def test_rounding_below_zero_is_well(caplog):
@@ -48,4 +52,4 @@ def test_leaving_and_coming_back_are_told_once_each(caplog):
 
 
 def test_a_value_that_is_no_number_is_not_well(caplog):
-    assert len(said(caplog, {"explained_variance": float("nan")})) == 1
+    assert len(said(caplog, {"kl_ref": float("nan")})) == 1

@@ -30,7 +30,7 @@ def start(tmp_path):
     """Return a function: start the launcher, with environment variables, on a program that tells its rank."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def go(*options, argument="x", **environment):
+    def go(*options, argument="x", stdin=None, **environment):
         clean = {
             k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NNODES")
         }
@@ -44,7 +44,11 @@ def start(tmp_path):
             argument,
         ]
         return subprocess.Popen(
-            [str(part) for part in command], env=clean | environment, stderr=subprocess.PIPE, text=True
+            [str(part) for part in command],
+            env=clean | environment,
+            stdin=stdin,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     return go
@@ -143,6 +147,29 @@ def test_one_process_hands_on_its_exit_code(start):
     process = start(argument="fail-0")
     process.communicate()
     assert process.returncode == 3
+
+
+def test_a_log_that_is_removed_while_the_script_runs_is_written_again_at_its_end(start, tmp_path):
+    """As by a second Snakemake, whose own job is refused and says so there."""
+    waits = "import sys; print('begun', flush=True); sys.stdin.read(1); print('done')"
+    (tmp_path / "program.py").write_text(waits)
+    process = start(stdin=subprocess.PIPE)
+    assert process.stderr.readline() == "begun\n"
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").write_text("error: in use\n")
+    process.communicate(input="x")
+    assert process.returncode == 0
+    assert (tmp_path / "log").read_text() == "error: in use\nbegun\ndone\n"
+
+
+def test_a_process_that_is_killed_is_told_with_what_that_may_mean(start, tmp_path):
+    (tmp_path / "program.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    process = start()
+    said = process.communicate()[1]
+    assert process.returncode == 128 + 9
+    assert said == (tmp_path / "log").read_text()
+    assert said.startswith("error: the process was ended by SIGKILL, as the kernel does when memory runs out")
+    assert said.endswith("; the same command goes on from what is saved\n")
 
 
 @pytest.fixture

@@ -96,8 +96,9 @@ def test_turns_that_are_read_as_plain_text_are_told(tmp_path, tokenizer_path, ca
 
 
 def test_a_missing_column_is_told_with_what_to_do(tmp_path, tokenizer_path):
-    rows = [{"question": "hello", "answer": "you"}]
-    with pytest.raises(DataError, match=r"no column 'prompt'; it has question, answer: name .* in `columns`"):
+    rows = [{"promt": "hello", "answer": "you", "group": "1"}]
+    said = r"no column named 'prompt' \(did you mean promt\?\), 'response'; it has promt, answer, group: correct `columns`"
+    with pytest.raises(DataError, match=said):
         prepared(tmp_path, tokenizer_path, rows)
 
 
