@@ -15,7 +15,7 @@ packages() { # what pyproject.toml asks for, in the lock's versions; torch bring
 import sys, tomllib
 
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["kubernetes"], sep="\n")
+print(*project["dependencies"], sep="\n")
 PY
   /opt/venv/bin/pip install -c "$here/constraints.txt" -r /tmp/requirements.txt
   rm /tmp/requirements.txt
