@@ -287,7 +287,9 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(smoke):
     command = smoke.command("results/stopped/sft/actor", config=config)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     there = set(smoke.volume.glob("work/sft/*/step-*[0-9]"))
-    process = subprocess.Popen(command, cwd=smoke.project, start_new_session=True, **quiet)
+    process = subprocess.Popen(
+        command, cwd=smoke.project, start_new_session=True, preexec_fn=heed_ctrl_c, **quiet
+    )
     wait_for(lambda: set(smoke.volume.glob("work/sft/*/step-*[0-9]")) - there)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
@@ -324,6 +326,11 @@ def test_what_a_training_publishes_after_snakemake_was_killed_is_taken_as_it_is(
     assert smoke.artefact("short/sft/actor") == made
     assert (smoke.volume / targets[1]).is_file()
     assert (made / "run.json").stat() == seen
+
+
+def heed_ctrl_c():
+    """Undo what tests inherit that a shell has started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def copied(project, where):
