@@ -11,18 +11,20 @@ from conftest import Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RUN = "{micro_batch_size: 4, threads: 1, save_steps: 100}"
+LORA = "{dim: 8, alpha: 8, learning_rate: 1.0e-4}"  # else states would hold moments of 135M weights
 SCENARIO = f"""
 scenarios:
   smollm:
     base: tiny
     actor: {{model: ./models/smollm2}}
-    sft: {{steps: 2, train_batch_size: 4, eval_rows: 8, optimizer: {{learning_rate: 1.0e-5}}, run: {RUN}}}
+    sft: {{steps: 2, train_batch_size: 4, eval_rows: 8, lora: {LORA}, run: {RUN}}}
     reward:
       model: ./models/smollm2
       epochs: null
       steps: 2
       train_batch_size: 4
       eval_rows: 8
+      lora: {LORA}
       run: {RUN}
     rlhf:
       max_prompt_tokens: 60
@@ -31,6 +33,8 @@ scenarios:
       max_new_tokens: 8
       mini_batches: 1
       reward_samples: 4
+      actor_lora: {LORA}
+      critic_lora: {LORA}
       run: {{micro_batch_size: 4, generation_batch_size: 4, threads: 1, save_steps: 100}}
 """
 
