@@ -365,7 +365,8 @@ def load(tree: Tree) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"the configuration should be a mapping, it is {tree!r}")
     errors = _odd_top(tree)
-    defaults, overrides = (_mapping(tree.get(key)) for key in ("defaults", "scenarios"))
+    parts = (tree.get(key) for key in ("defaults", "scenarios"))  # `_odd_top` tells of one that is no mapping
+    defaults, overrides = (part if isinstance(part, dict) else {} for part in parts)
     sound = isinstance(tree.get("defaults") or {}, dict)
     scenarios: dict[str, Tree] = {}
     for name in overrides:
@@ -380,11 +381,6 @@ def load(tree: Tree) -> Config:
         raise ConfigError(listing(errors))
     rest = {key: tree[key] for key in ("pvc", "offline") if key in tree}
     return Config.model_validate({**rest, "scenarios": scenarios})
-
-
-def _mapping(node: Any) -> Tree:
-    """Return a part of the tree, nothing where it is none: `_odd_top` has told that."""
-    return node if isinstance(node, dict) else {}
 
 
 def _odd_top(tree: Tree) -> list[str]:
