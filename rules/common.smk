@@ -31,9 +31,9 @@ def requested_targets():
     return get_argument_parser().parse_args(sys.argv[1:]).targets or []
 
 
-def requested_scenarios():
-    """Scenarios named by the targets, in that order."""
-    parts = (os.path.normpath(target).split("/") for target in requested_targets())
+def scenarios_of(targets):
+    """Scenarios named by targets, in that order."""
+    parts = (os.path.normpath(target).split("/") for target in targets)
     return [p[1] for p in parts if p[0] == "results" and len(p) > 2]
 
 
@@ -80,11 +80,11 @@ def load_plan():
         def fingerprint(source):
             return store.fingerprint(Path(settings.pvc, source))
 
-        plan = planning.plan(
-            settings, codehash.digest, fingerprint, requested_scenarios()
-        )
-        planning.refuse_unknown(plan, (t for t in requested_targets() if t != "all"))
-        wanted = set(requested_scenarios()) or set(settings.scenarios)
+        targets = requested_targets()
+        asked = scenarios_of(targets)
+        plan = planning.plan(settings, codehash.digest, fingerprint, asked)
+        planning.refuse_unknown(plan, (t for t in targets if t != "all"))
+        wanted = set(asked) or set(settings.scenarios)
         store.refuse_not_whole(
             Path(settings.pvc, made.path)
             for made in plan.artefacts.values()
@@ -92,7 +92,7 @@ def load_plan():
         )
         planning.refuse_misplaced(
             settings,
-            requested_scenarios(),
+            asked,
             lambda source: Path(settings.pvc, source).exists(),
         )
         return settings, plan
