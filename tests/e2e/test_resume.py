@@ -40,18 +40,27 @@ def files(path: Path) -> dict[str, bytes]:
     }
 
 
+def wait_for_states(process: subprocess.Popen, tmp_path: Path, count: int = 1) -> None:
+    """Wait until a training has saved its state `count` times."""
+    deadline = time.monotonic() + 600
+    while len(list((tmp_path / "work").glob("step-*[0-9]"))) < count and time.monotonic() < deadline:
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    assert len(list((tmp_path / "work").glob("step-*[0-9]"))) >= count
+
+
+def kill_with_states(process: subprocess.Popen, tmp_path: Path, count: int = 1) -> None:
+    wait_for_states(process, tmp_path, count)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
 def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path):
     published = smoke.artefact(f"smoke/{RESULT[stage]}")
     process = start(smoke, stage, published, tmp_path)
-    deadline = time.monotonic() + 600
-    while not list((tmp_path / "work").glob("step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_with_states(process, tmp_path)
     assert not (tmp_path / "again").exists()
-    assert list((tmp_path / "work").glob("step-*"))
     (tmp_path / "work/metrics.jsonl").write_text('{"half a li')  # the state has its own
     assert start(smoke, stage, published, tmp_path).wait(timeout=600) == 0
     assert "resumed after step" in (tmp_path / "log").read_text()
@@ -68,10 +77,7 @@ def test_a_process_of_two_that_is_killed_ends_both_and_the_stage_resumes_with_th
     (tmp_path / "whole").mkdir()
     assert start(smoke, "rlhf", published, tmp_path / "whole", **two).wait(timeout=600) == 0
     process = start(smoke, "rlhf", published, tmp_path, **two)
-    deadline = time.monotonic() + 600
-    while not list((tmp_path / "work").glob("step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.05)
+    wait_for_states(process, tmp_path)
     os.kill(int((tmp_path / "work/lock").read_text().split()[1]), signal.SIGKILL)
     assert process.wait(timeout=60) != 0
     assert not (tmp_path / "again").exists()
@@ -83,9 +89,7 @@ def test_a_process_of_two_that_is_killed_ends_both_and_the_stage_resumes_with_th
 
 def test_a_state_of_another_cut_is_refused(smoke, tmp_path):
     published = smoke.artefact("smoke/sft/actor")
-    process = start(smoke, "sft", published, tmp_path)
-    assert process.wait(timeout=600) == 0
-    (tmp_path / "again").rename(tmp_path / "first")
+    kill_with_states(start(smoke, "sft", published, tmp_path), tmp_path)
     assert start(smoke, "sft", published, tmp_path, zero_stage=2).wait(timeout=600) == 2
     said = (tmp_path / "log").read_text()
     assert (
@@ -96,14 +100,13 @@ def test_a_state_of_another_cut_is_refused(smoke, tmp_path):
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(smoke, tmp_path):
     published = smoke.artefact("smoke/reward/model")
-    assert start(smoke, "reward", published, tmp_path).wait(timeout=600) == 0
+    kill_with_states(start(smoke, "reward", published, tmp_path), tmp_path, count=2)
     newest = sorted((tmp_path / "work").glob("step-*"))[-1]
     damaged = next((newest / "model").rglob("*.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    (tmp_path / "again").rename(tmp_path / "first")
     assert start(smoke, "reward", published, tmp_path).wait(timeout=600) == 0
     assert "is damaged and not used" in (tmp_path / "log").read_text()
-    assert files(tmp_path / "again") == files(tmp_path / "first")
+    assert files(tmp_path / "again") == files(published)
 
 
 def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
