@@ -131,8 +131,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
     environment["PYTHONUNBUFFERED"] = "1"
     with log.open("a+b") as file:  # a second try does not wipe out what the first one said
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, _: process.send_signal(received))
+        signal.signal(signal.SIGTERM, lambda received, _: process.send_signal(received))
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C: the terminal sends it to the script, too
         assert process.stdout is not None
         _copy(process.stdout, file)
         code = process.wait()

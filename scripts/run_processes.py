@@ -1,13 +1,16 @@
-"""torchrun, except that it exits with 2 when a process ended with a user error.
+"""torchrun, except that it exits with 2 when a process ended with a user error, and ends by the signal that ended it.
 
 `launch.py` runs it; it takes torchrun's command line.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 USER_ERROR = 2  # of `rlhf.errors.run_main`
@@ -24,6 +27,9 @@ def main() -> None:
             sys.exit(USER_ERROR)
         print(error.format_msg(), file=sys.stderr)
         sys.exit(1)
+    except SignalException as stopped:  # it has handed the signal on; `launch.py` tells what it was
+        signal.signal(stopped.sigval, signal.SIG_DFL)
+        os.kill(os.getpid(), stopped.sigval)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
 
 
 class UserError(Exception):
@@ -43,7 +44,7 @@ def run_main(main: Callable[[], None]) -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt_once)
+        signal.signal(signal.SIGINT, _interrupts())
     gc.freeze()  # what was imported stays: the collector need not go over it again, nor at the end
     try:
         main()
@@ -55,7 +56,17 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise KeyboardInterrupt. The terminal and a launcher both send the signal: the second one is ignored."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _interrupts() -> Callable[[int, FrameType | None], None]:
+    """Return a handler of SIGINT that raises KeyboardInterrupt, once a second.
+
+    What several send for one Ctrl-C, the terminal and torchrun, would otherwise break off how the first one ends.
+    """
+    last = -math.inf
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1.0:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    return handle

@@ -91,7 +91,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 def correlation(x: Tensor, y: Tensor) -> Tensor:
     """Return Pearson's correlation of two (B,); 0 where one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+    pearson: Tensor = (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+    return pearson
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:

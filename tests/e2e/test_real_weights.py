@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf import builtin_chats, jsonl
 
 PAIRS = 400  # of chats: what takes long here is the model
-COLUMNS = "{group: group, prompt: prompt, chosen: chosen, rejected: rejected}"
+COLUMNS = "{prompt: prompt, chosen: chosen, rejected: rejected}"  # each prompt is a group of its own
 DATASETS = f"[{{name: ./pairs.jsonl, columns: {COLUMNS}}}]"
 LORA = "{dim: 8, alpha: 8, learning_rate: 1.0e-4}"  # else states would hold moments of 135M weights
 SUPERVISED = f"""datasets: {DATASETS}

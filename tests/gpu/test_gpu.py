@@ -77,6 +77,7 @@ def variants():
 
 
 VARIANTS = variants()
+COMPARED = [name for name, (_, reference) in VARIANTS.items() if reference != name]
 OVERFLOWS = {"ptx_coef": 30.0, "mini_batches": 1, "iterations": 8}  # 30 times a gradient of step 1
 SCALED = [
     *(case(f"{stage}-fp16-zero{zero}", stage, zero, "fp16") for stage in ("sft", "reward") for zero in (0, 2, 3)),
@@ -127,7 +128,7 @@ def worst(found, expected):
     return float(np.max(np.abs(found - expected) / np.abs(expected)))
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if not n.startswith("rlhf")])
+@pytest.mark.parametrize("name", [n for n in COMPARED if not n.startswith("rlhf")])
 def test_every_step_of_steps_1_and_2_is_the_same(made, figure, name):
     reference = VARIANTS[name][1]
     expected, found = columns(made[reference]), columns(made[name])
@@ -137,7 +138,7 @@ def test_every_step_of_steps_1_and_2_is_the_same(made, figure, name):
     assert worst(found["grad_norm"], expected["grad_norm"]) <= (1e-2 if "fp32" in name else 0.1)
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("rlhf")])
+@pytest.mark.parametrize("name", [n for n in COMPARED if n.startswith("rlhf")])
 def test_ppos_first_iteration_is_the_same(made, figure, name):
     reference = VARIANTS[name][1]
     expected, found = columns(made[reference]), columns(made[name])
@@ -147,7 +148,7 @@ def test_ppos_first_iteration_is_the_same(made, figure, name):
     told = ", ".join(f"{norm} {value:.2e}" for norm, value in norms.items())
     figure(f"{name:<24} differs from {reference}: {told}")
     assert worst(found["length"][:1], expected["length"][:1]) <= 0.05
-    assert found["first_approx_kl"][0] < 0.01
+    assert max(found["first_approx_kl"][0], expected["first_approx_kl"][0]) < 0.01
     assert max(norms.values()) <= (0.02 if "fp32" in name else 0.1)
 
 
@@ -217,10 +218,12 @@ def test_two_gpus_do_as_one(made, sources, figure, tmp_path):
     ]  # fmt: skip
     out = trainings.launch(tmp_path, 2, sources, cases, gpus=2)
     for name in (c["name"] for c in cases):
-        metric = "loss" if name.startswith("sft") else "actor_grad_norm"
-        expected = columns(made[f"{name.split('-')[0]}-fp32"])[metric][:1]
-        difference = worst(columns(out / name)[metric][:1], expected)
-        figure(f"{name:<24} on two GPUs: first {metric} differs from one GPU's by {difference:.2e}")
+        stage = name.split("-")[0]
+        # Of PPO the first iteration: replies of the next one may differ.
+        metric, steps = ("grad_norm", 10) if stage == "sft" else ("actor_grad_norm", 1)
+        found, expected = (columns(path)[metric][:steps] for path in (out / name, made[f"{stage}-fp32"]))
+        difference = worst(found, expected)
+        figure(f"{name:<24} on two GPUs: {steps} {metric} differ from one GPU's by at most {difference:.2e}")
         assert difference <= 0.02
 
 

@@ -20,6 +20,7 @@ from rlhf.templates import load_tokenizer
 CONFIG = {"prompts": 21, "max_new_tokens": 6, "temperature": 0.5, "seed": 3, "judge": "vader"}
 RUNS = {
     "one": {"processes": 1},
+    "again": {"processes": 1},
     "two": {"processes": 2, "zero_stage": 3, "inference_tp_size": 2, "offload": ["reference"]},
 }
 
@@ -28,7 +29,7 @@ RUNS = {
 def compared(tmp_path_factory):
     """Return name of a run -> directory of a comparison by it."""
     root = tmp_path_factory.mktemp("comparison")
-    for seed, name in ((1, "sft/model"), (2, "rlhf/actor")):
+    for seed, name in ((1, "sft/model"), (2, "rlhf/actor"), (1, "same/model")):
         builtin_opt.write_model({"model": "builtin/opt-1x64-bpe300", "seed": seed}, root / name)
     models.new_scorer(root / "sft/model", torch.float32, 1, seed=3).save_pretrained(root / "reward/model")
     load_tokenizer(root / "sft/model").save_pretrained(root / "reward/model")
@@ -53,7 +54,7 @@ def test_a_comparison_does_not_depend_on_processes(compared):
     """21 prompts over two processes: one is answered twice and counted once."""
     one, two = (
         [json.loads(line) for line in (compared[name] / "replies.jsonl").read_text().splitlines()]
-        for name in RUNS
+        for name in ("one", "two")
     )
     assert len(one) == len(two) == 21
     for a, b in zip(one, two, strict=True):
@@ -62,6 +63,21 @@ def test_a_comparison_does_not_depend_on_processes(compared):
             assert a[when]["reply"] == b[when]["reply"]
             for figure in ("score", "kl", "words", "judged"):
                 assert b[when][figure] == pytest.approx(a[when][figure], rel=1e-4, abs=1e-4)
+
+
+def test_a_comparison_made_twice_gives_the_same_bytes(compared):
+    first, second = ((compared[name] / "replies.jsonl").read_bytes() for name in ("one", "again"))
+    assert first == second
+
+
+def test_the_same_seed_gives_a_built_in_model_the_same_bytes(compared):
+    root = compared["one"].parent
+    first, second, other = (
+        {file.name: file.read_bytes() for file in (root / name).iterdir()}
+        for name in ("sft/model", "same/model", "rlhf/actor")
+    )
+    assert first == second
+    assert {name for name in first if first[name] != other[name]} == {"model.safetensors"}
 
 
 def test_before_and_after_are_told_apart(compared):

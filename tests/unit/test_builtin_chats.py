@@ -22,6 +22,10 @@ def replies(pairs):
     return list(islice(builtin_chats.replies(Counter()), 8000))
 
 
+def test_the_same_pairs_are_drawn_every_time(pairs):
+    assert list(islice(builtin_chats.pairs(Counter()), 400)) == pairs[:400]
+
+
 def test_a_pair_is_a_prompts_own_reply_and_one_of_another_conversation_of_its_block(pairs, replies):
     own, others = defaultdict(set), defaultdict(set)
     for row in replies:

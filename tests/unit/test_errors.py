@@ -4,15 +4,18 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
-import os, signal, time
+import os, signal, sys, time
 from rlhf.errors import run_main
 
 def main():
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(0.3)
     finally:
+        time.sleep(float(sys.argv[1]))
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         print("put in order")
@@ -21,20 +24,21 @@ run_main(main)
 """
 
 
-def run(disposition):
-    """Run the program where a shell has set what SIGINT does."""
+def run(later, disposition):
+    """Run the program where a shell has set what SIGINT does; the second one comes `later` seconds later."""
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", PROGRAM, str(later)], capture_output=True, text=True, check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
     )  # fmt: skip
 
 
-def test_a_second_interrupt_does_not_disturb_what_the_first_one_ends():
-    """A Ctrl-C reaches a training from the terminal and from its launcher."""
-    done = run(signal.SIG_DFL)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "put in order\n", "interrupted\n")
+@pytest.mark.parametrize(("later", "printed"), [(0, "put in order\n"), (1.2, "")])
+def test_an_interrupt_that_comes_twice_is_one_and_a_later_one_breaks_off_the_end(later, printed):
+    """A Ctrl-C reaches a training from the terminal and from torchrun."""
+    done = run(later, signal.SIG_DFL)
+    assert (done.returncode, done.stdout, done.stderr) == (130, printed, "interrupted\n")
 
 
 def test_a_job_in_the_background_goes_on_ignoring_interrupts():
-    done = run(signal.SIG_IGN)
+    done = run(0, signal.SIG_IGN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "put in order\n", "")

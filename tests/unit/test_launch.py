@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def start(tmp_path):
     """Return a function: start the launcher, with environment variables, on a program that tells its rank."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def go(*options, argument="x", stdin=None, **environment):
+    def go(*options, argument="x", stdin=None, start_new_session=False, preexec_fn=None, **environment):
         clean = {
             k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NNODES")
         }
@@ -49,6 +50,8 @@ def start(tmp_path):
             stdin=stdin,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=start_new_session,
+            preexec_fn=preexec_fn,
         )
 
     return go
@@ -170,6 +173,41 @@ def test_a_process_that_is_killed_is_told_with_what_that_may_mean(start, tmp_pat
     assert said == (tmp_path / "log").read_text()
     assert said.startswith("error: the process was ended by SIGKILL, as the kernel does when memory runs out")
     assert said.endswith("; the same command goes on from what is saved\n")
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from rlhf.errors import run_main
+
+def main():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.3)
+        print("put in order", flush=True)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process_without_a_traceback(start, tmp_path, processes, number):
+    """Ctrl-C comes to all processes of a terminal, and lets them end; a cluster's SIGTERM to the launcher alone."""
+    (tmp_path / "program.py").write_text(WAITS)
+    process = start(
+        "--processes", str(processes), start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while "begun" not in process.stderr.readline():
+        assert process.poll() is None
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert ("put in order" in said) == (number == signal.SIGINT)
 
 
 @pytest.fixture
