@@ -6,9 +6,13 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +57,20 @@ class Pipeline:
         """Return the artefact that a name under results/ leads into."""
         path = (self.volume / "results" / result).resolve()
         return path if (path / "provenance.json").exists() else path.parent
+
+
+def heed_ctrl_c() -> None:
+    """Undo what tests inherit that a shell has started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 600) -> Any:
+    """Return what `found` gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 ENTRY = {"sft": "train_sft.py", "reward": "train_reward.py", "rlhf": "train_ppo.py"}
 RESULT = {"sft": "sft/actor", "reward": "reward/model", "rlhf": "rlhf/actor"}
@@ -42,11 +43,12 @@ def files(path: Path) -> dict[str, bytes]:
 
 def wait_for_states(process: subprocess.Popen, tmp_path: Path, count: int = 1) -> None:
     """Wait until a training has saved its state `count` times."""
-    deadline = time.monotonic() + 600
-    while len(list((tmp_path / "work").glob("step-*[0-9]"))) < count and time.monotonic() < deadline:
+
+    def saved() -> bool:
         assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.05)
-    assert len(list((tmp_path / "work").glob("step-*[0-9]"))) >= count
+        return len(list((tmp_path / "work").glob("step-*[0-9]"))) >= count
+
+    wait_for(saved)
 
 
 def kill_with_states(process: subprocess.Popen, tmp_path: Path, count: int = 1) -> None:

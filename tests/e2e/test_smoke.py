@@ -9,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import heed_ctrl_c, wait_for
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ACTOR = "results/smoke/rlhf/actor"
@@ -328,21 +328,7 @@ def test_what_a_training_publishes_after_snakemake_was_killed_is_taken_as_it_is(
     assert (made / "run.json").stat() == seen
 
 
-def heed_ctrl_c():
-    """Undo what tests inherit that a shell has started in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def copied(project, where):
     """Return a copy of the project's files, without what is made in it."""
     made = (".venv", ".git", ".snakemake", "store", "models", "datasets", "work", "results")
     return shutil.copytree(project, where / "project", ignore=shutil.ignore_patterns(*made))
-
-
-def wait_for(found, seconds=600):
-    """Return what `found` gives once it gives something."""
-    end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return value

@@ -148,8 +148,12 @@ def test_ppos_first_iteration_is_the_same(made, figure, name):
     told = ", ".join(f"{norm} {value:.2e}" for norm, value in norms.items())
     figure(f"{name:<24} differs from {reference}: {told}")
     assert worst(found["length"][:1], expected["length"][:1]) <= 0.05
-    assert max(found["first_approx_kl"][0], expected["first_approx_kl"][0]) < 0.01
     assert max(norms.values()) <= (0.02 if "fp32" in name else 0.1)
+
+
+def test_the_first_update_begins_at_the_policy_that_replied(made):
+    for name in (n for n in VARIANTS if n.startswith("rlhf")):
+        assert columns(made[name])["first_approx_kl"][0] < 0.01, name
 
 
 @pytest.mark.parametrize("name", [c["name"] for c in SCALED])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import launch
 import pytest
+from conftest import heed_ctrl_c
 
 from rlhf.errors import UserError
 from rlhf.machine import visible_gpus
@@ -31,7 +32,7 @@ def start(tmp_path):
     """Return a function: start the launcher, with environment variables, on a program that tells its rank."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def go(*options, argument="x", stdin=None, start_new_session=False, preexec_fn=None, **environment):
+    def go(*options, argument="x", stdin=None, **environment):
         clean = {
             k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NNODES")
         }
@@ -50,8 +51,8 @@ def start(tmp_path):
             stdin=stdin,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=start_new_session,
-            preexec_fn=preexec_fn,
+            start_new_session=True,
+            preexec_fn=heed_ctrl_c,
         )
 
     return go
@@ -176,8 +177,7 @@ def test_a_process_that_is_killed_is_told_with_what_that_may_mean(start, tmp_pat
 
 
 WAITS = """
-import sys, time
-from pathlib import Path
+import time
 from rlhf.errors import run_main
 
 def main():
@@ -197,10 +197,7 @@ run_main(main)
 def test_a_signal_ends_every_process_without_a_traceback(start, tmp_path, processes, number):
     """Ctrl-C comes to all processes of a terminal, and lets them end; a cluster's SIGTERM to the launcher alone."""
     (tmp_path / "program.py").write_text(WAITS)
-    process = start(
-        "--processes", str(processes), start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = start("--processes", str(processes))
     while "begun" not in process.stderr.readline():
         assert process.poll() is None
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
