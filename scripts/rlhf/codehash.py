@@ -24,8 +24,13 @@ NEUTRAL = frozenset({
 @cache
 def digest(entry: str) -> str:
     """Return the digest of `scripts/{entry}` and every module of `rlhf` it reaches (16 hex)."""
-    lines = [f"{path.name} {_file_digest(path)}" for path in _reached(SCRIPTS / entry)]
+    lines = [f"{_place(path)} {_file_digest(path)}" for path in _reached(SCRIPTS / entry)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _place(path: Path) -> str:
+    """Return a file's path below `scripts/`: two files may have one name."""
+    return path.relative_to(SCRIPTS).as_posix()
 
 
 def _reached(entry: Path) -> set[Path]:
@@ -33,11 +38,15 @@ def _reached(entry: Path) -> set[Path]:
     found, waiting = {entry}, [entry]
     while waiting:
         for module in _imports(waiting.pop()):
-            path = SCRIPTS / "rlhf" / f"{module}.py"
-            if module not in NEUTRAL and path.exists() and path not in found:
+            path = SCRIPTS / f"{module.replace('.', '/')}.py"
+            if not _is_neutral(module) and path.exists() and path not in found:
                 found.add(path)
                 waiting.append(path)
     return found
+
+
+def _is_neutral(module: str) -> bool:
+    return module.removeprefix("rlhf.") in NEUTRAL
 
 
 @cache
@@ -46,15 +55,17 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Yield the names of modules of `rlhf` that the file imports, anywhere in it."""
+    """Yield dotted names of what the file imports from `rlhf`, anywhere in it.
+
+    `from a.b import c` may mean the module a.b.c or a name in the module a.b: both are yielded, and
+    the one that is a file counts.
+    """
     for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "rlhf":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf."):
-            yield str(node.module).split(".")[1]
-        elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            yield from (name[1] for name in names if name[0] == "rlhf" and len(name) > 1)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("rlhf."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rlhf":
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @cache

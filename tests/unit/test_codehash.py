@@ -34,7 +34,9 @@ def digest(tmp_path, monkeypatch):
     def of(entry=ENTRY, near=NEAR, far=FAR, store=STORE, **others):
         (tmp_path / "entry.py").write_text(entry)
         for name, text in {"near": near, "far": far, "store": store, **others}.items():
-            (tmp_path / "rlhf" / f"{name}.py").write_text(text)
+            path = tmp_path / "rlhf" / f"{name.replace('.', '/')}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
         for cached in caches:
             cached.cache_clear()
         return codehash.digest("entry.py")
@@ -108,6 +110,46 @@ def test_modules_that_import_each_other_are_read_once(digest):
 
 def test_two_modules_that_swap_their_content_count(digest):
     assert digest(near=FAR + NEAR, far=NEAR) != digest(near=NEAR, far=FAR + NEAR)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from rlhf.wing import inner", "from rlhf.wing.inner import x", "import rlhf.wing.inner",
+     "import rlhf.wing.inner as inner"],
+)  # fmt: skip
+def test_modules_of_a_wing_count_however_they_are_imported(digest, statement):
+    entry = f"{statement}\n"
+    one, two = ({"wing.inner": f"x = {value}\n", "wing.other": "x = 1\n"} for value in (1, 2))
+    assert digest(entry=entry, **one) != digest(entry=entry, **two)
+    assert digest(entry=entry, **one) == digest(entry=entry, **one | {"wing.other": "x = 2\n"})
+
+
+def test_two_files_of_one_name_both_count(digest):
+    entry = "from rlhf.left import same\nfrom rlhf.right import same as other\n"
+    sides = {"left.same": "x = 1\n", "right.same": "x = 2\n"}
+    digests = {
+        digest(entry=entry, **sides),
+        digest(entry=entry, **sides | {"left.same": "x = 3\n"}),
+        digest(entry=entry, **sides | {"right.same": "x = 3\n"}),
+        digest(entry=entry, **{"left.same": "x = 2\n", "right.same": "x = 1\n"}),
+    }
+    assert len(digests) == 4
+
+
+def test_a_module_that_moved_is_found_at_its_new_place_and_renames(digest):
+    before = digest(entry="from rlhf.old import f\n", **{"old.f": "x = 1\n", "new.f": "x = 1\n"})
+    moved = "from rlhf.new import f\n"
+    after = digest(entry=moved, **{"old.f": "x = 1\n", "new.f": "x = 1\n"})
+    assert after != before
+    assert digest(entry=moved, **{"old.f": "x = 1\n", "new.f": "x = 2\n"}) != after
+
+
+def test_a_neutral_modules_namesake_counts(digest):
+    assert "store" in codehash.NEUTRAL
+    one, two = ({"wing.store": f"x = {value}\n"} for value in (1, 2))
+    assert digest(entry="from rlhf.wing import store\n", **one) != digest(
+        entry="from rlhf.wing import store\n", **two
+    )
 
 
 def test_no_module_that_computes_is_lost_behind_neutral_ones(monkeypatch):
