@@ -1,15 +1,15 @@
-"""What a pod runs around the rule's command.
+"""The script that a pod runs around the rule's command.
 
-Everything it needs comes as environment variables, so that the text is the same for every gang.
+Its parameters are environment variables, so the text is the same for every gang.
 
-- It finds out whether this pod sees the controller's working directory and project: the controller
-  writes a token into the gang's state directory before it submits.
-- It stops when that token is another one: a pod on a node that has lost its connection to the cluster
-  cannot be ended by the cluster, and must not write beside its successor.
-- Rank 0's address exists a moment after its pod; until then other ranks would fail to resolve it.
+- It checks that the pod sees the controller's working directory and project: the controller writes a
+  token into the gang's state directory before it submits.
+- It stops the command when the token changes: the cluster cannot end a pod on a node that has lost its
+  connection, and that pod must not write to the same files as its successor.
+- It waits for rank 0's address, which can be resolved only some time after rank 0's pod exists.
 """
 
-# Exit codes below 64 belong to commands, above 125 to shells.
+# Commands use exit codes below 64, shells those above 125.
 CODE_OTHER_VOLUME = 97
 CODE_SUPERSEDED = 98
 CODE_NO_ADDRESS = 99
@@ -51,10 +51,11 @@ done
 wait "$child"
 """
 
-# Under DeepSpeedJob a process on another node comes through ssh, which gives it nothing of its pod's
-# environment: DeepSpeed's launcher hands on a few variables and those that the controller has written down,
-# the image's PATH not among them. The pod's first process has them all, unless it is an sshd, which writes
-# its title over them; the launcher's own python is always named by its whole path.
+# Under DeepSpeedJob, processes on other nodes are started through ssh, without their pod's environment.
+# DeepSpeed's launcher passes a few variables, and those that the job's controller wrote to a file; the
+# image's PATH is not among them. The pod's first process has all variables, unless it is an sshd, which
+# overwrites them with its title. The launcher's python is always called by its full path, so PATH can be
+# completed from that.
 ENVIRONMENT = r"""
 while IFS= read -r -d '' pair; do
   name=${pair%%=*}
@@ -67,8 +68,8 @@ read -r -d '' launcher < "/proc/$PPID/cmdline"
 export PATH
 """
 
-# Under DeepSpeedJob sshd, pdsh and DeepSpeed's launcher are root; the program itself is not, so that
-# all it writes belongs to the volume's owner. IPC_LOCK is kept where the pod has it: RDMA needs it.
+# Under DeepSpeedJob sshd, pdsh and DeepSpeed's launcher run as root. The command does not, so that its
+# files belong to the volume's owner. IPC_LOCK is kept if the pod has it, because RDMA needs it.
 AS_OWNER = r"""
 keep=
 setpriv --inh-caps=+ipc_lock --ambient-caps=+ipc_lock true 2>/dev/null && keep="--inh-caps=+ipc_lock --ambient-caps=+ipc_lock"

@@ -1,4 +1,4 @@
-"""The life of gangs on a cluster: found, created, replaced, ended; one writer at a time."""
+"""The life of gangs on a cluster: found, created, replaced, ended; never two that write to the same files."""
 
 from __future__ import annotations
 
@@ -6,49 +6,47 @@ import time
 from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from . import manifest, place, status
+from . import manifest, state, status
 from .cluster import REQUEST_S, ApiError, Cluster, wait
 from .entrypoint import POLL_S
 from .mirror import Mirror
+from .objects import LABEL_GANG, LABEL_WORKDIR_ID, TOKEN, WORKDIR, Json
 from .spec import GangSpec
 
-Json = dict[str, Any]
-
-# A pod looks at its token every POLL_S; a shared file system may show it an old one for some time.
+# A pod reads its token every POLL_S; a shared file system may return an old one for some time.
 FENCE_S = 3 * POLL_S + 6
 HELPER_TRIES = 5
 CONFLICT_TRIES = 5
-UNANSWERED_S = 15  # beyond a pod's grace period: its node does not answer
+UNANSWERED_S = 15  # beyond a pod's grace period: its node does not respond
 
 
-class Foreign(Exception):
-    """An object of the gang's name that is not ours."""
+class ForeignObject(Exception):
+    """An object that has the gang's name but belongs to somebody else."""
 
 
 class Gangs:
-    """All gangs of one working directory. `say` tells the user what is done, `failed` hears of our bugs."""
+    """All gangs of one working directory. `say` informs the user, `on_error` gets our bugs."""
 
     def __init__(
         self,
         cluster: Cluster,
-        place: str,
+        workdir_id: str,
         kinds: set[str],
         say: Callable[[str], None],
-        failed: Callable[[Exception], None],
+        on_error: Callable[[Exception], None],
     ):
-        self.cluster, self.place, self._say = cluster, place, say
-        selector = f"{manifest.LABEL_PLACE}={place}"
-        self.pods = Mirror(cluster, "Pod", selector, manifest.LABEL_GANG, failed)
-        self.objects = {kind: Mirror(cluster, kind, selector, manifest.LABEL_GANG, failed) for kind in kinds}
-        self._used: set[str] = set()  # names that this controller has asked for
+        self.cluster, self._say = cluster, say
+        self._workdir_id, self._selector = workdir_id, f"{LABEL_WORKDIR_ID}={workdir_id}"
+        mirrors = {k: Mirror(cluster, k, self._selector, LABEL_GANG, on_error) for k in ("Pod", *kinds)}
+        self.pods, self.objects = mirrors.pop("Pod"), mirrors
+        self._used: set[str] = set()  # names that this controller has requested
 
     def start(self) -> None:
         """Check that the credentials suffice, then watch.
 
         Raises:
-            ApiError, Unreachable: at the start the API must be there.
+            ApiError, Unreachable: at the start the API server must answer.
         """
         for kind in ("Pod", *self.objects):
             self.cluster.once("GET", self.cluster.path(kind), {"limit": 1})
@@ -58,109 +56,112 @@ class Gangs:
             mirror.synced.wait(REQUEST_S)
 
     def stop(self) -> None:
+        """Stop watching."""
         for mirror in self._mirrors():
             mirror.stop()
 
     def _mirrors(self) -> list[Mirror]:
         return [self.pods, *self.objects.values()]
 
-    # -- looking ----------------------------------------------------------------------------
+    # -- look up ----------------------------------------------------------------------------
 
     def is_new(self, spec: GangSpec) -> bool:
-        """Whether nothing of this name is in the cluster, as far as can be told without asking it.
+        """Whether the cluster has nothing of this name, as far as we know without a request.
 
-        The mirrors know what was there at the start; since then only we have made gangs here. What a
-        dead controller's last request makes after that is found by `create`.
+        The mirrors know what existed at the start; since then only this controller has created gangs
+        here. If a dead controller's last request takes effect later, `create` finds out.
         """
         mirrors = self._mirrors()
         known = spec.name in self._used or any(mirror.of(spec.name) for mirror in mirrors)
         return all(mirror.synced.is_set() for mirror in mirrors) and not known
 
     def find(self, spec: GangSpec, kind: str = "") -> Json | None:
-        """Return the gang of this name, as the API server has it now; of another `kind` than the spec's.
+        """Return the gang of this name from the API server; `kind` if it is not the spec's.
 
         Raises:
-            Foreign: the name is taken by somebody else.
+            ForeignObject: somebody else uses the name.
         """
         self._used.add(spec.name)
         kind = kind or manifest.kind_of(spec)
-        found = self.cluster.get(kind, spec.name)
-        if not found:
+        gang = self.cluster.get(kind, spec.name)
+        if not gang:
             return None
-        self._check_ours(kind, found, spec)
-        return {"kind": kind, **found}
+        self._check_ours(kind, gang, spec)
+        return {"kind": kind, **gang}
 
-    def _check_ours(self, kind: str, found: Json, spec: GangSpec) -> None:
-        if found["metadata"].get("labels", {}).get(manifest.LABEL_PLACE) != self.place:
-            raise Foreign(
-                f"{kind} {spec.name} exists and is not of this working directory; delete it, or use another namespace"
+    def _check_ours(self, kind: str, gang: Json, spec: GangSpec) -> None:
+        if gang["metadata"].get("labels", {}).get(LABEL_WORKDIR_ID) != self._workdir_id:
+            raise ForeignObject(
+                f"{kind} {spec.name} exists and does not belong to this working directory; delete it, or use another "
+                "namespace"
             )
-        theirs = found["metadata"].get("annotations", {}).get(manifest.WORKDIR)
-        if theirs and theirs != spec.annotations.get(manifest.WORKDIR):
-            raise Foreign(
+        theirs = gang["metadata"].get("annotations", {}).get(WORKDIR)
+        if theirs and theirs != spec.annotations.get(WORKDIR):
+            raise ForeignObject(
                 f"{kind} {spec.name} was started from {theirs}. If that is this directory under another path, "
-                f"start Snakemake there, or delete the {kind}; if this one is a copy, remove "
-                f"{Path(spec.state_dir).parent}/place"
+                f"start Snakemake there, or delete the {kind}; if this directory is a copy, remove "
+                f"{Path(spec.state_dir).parent / state.IDENTITY_FILE}"
             )
 
     def read(self, gang: Json, nodes: int, without: Container[str] = ()) -> tuple[Json, status.Status]:
-        """Return a gang's newest object and status, as the mirrors have them; `without`: uids of pods."""
+        """Return a gang's newest object and its status from the mirrors; `without`: uids of pods to ignore."""
         name, uid = gang["metadata"]["name"], gang["metadata"]["uid"]
-        newest = [thing for thing in self.objects[gang["kind"]].of(name) if thing["metadata"]["uid"] == uid]
+        same = [obj for obj in self.objects[gang["kind"]].of(name) if obj["metadata"]["uid"] == uid]
+        newest = (same or [gang])[0]
         pods = [pod for pod in self.pods_of(gang) if pod["metadata"]["uid"] not in without]
-        return (newest or [gang])[0], status.read((newest or [gang])[0], pods, nodes)
+        return newest, status.read(newest, pods, nodes)
 
     def pods_of(self, gang: Json) -> list[Json]:
-        """Return all pods this very gang ever had, not those of a predecessor of its name."""
-        born = gang["metadata"]["creationTimestamp"]
+        """Return all pods that this gang ever had, without those of an earlier gang of its name."""
+        created = gang["metadata"]["creationTimestamp"]
         pods = self.pods.of(gang["metadata"]["name"])
         return [
-            pod for pod in pods if pod["metadata"]["creationTimestamp"] >= born and self._is_of(pod, gang)
+            pod for pod in pods if pod["metadata"]["creationTimestamp"] >= created and self._is_of(pod, gang)
         ]
 
     def _is_of(self, pod: Json, gang: Json) -> bool:
         owners = {owner["uid"] for owner in pod["metadata"].get("ownerReferences", [])}
-        # A JobSet's or TrainJob's pods belong to a Job in between; its name begins with the gang's.
+        # The pods of a JobSet or TrainJob belong to a Job in between, whose name begins with the gang's.
         return gang["kind"] not in ("Job", "DeepSpeedJob") or gang["metadata"]["uid"] in owners
 
     def is_gone(self, gang: Json) -> bool:
-        """Whether somebody has deleted the object; asked twice, a mirror may be late."""
-        return self.objects[gang["kind"]].is_gone(gang) and self._has_vanished(gang)
+        """Whether somebody has deleted the object; the server confirms it, because a mirror may be wrong."""
+        return self.objects[gang["kind"]].is_gone(gang) and self._is_absent(gang)
 
-    def _has_vanished(self, gang: Json) -> bool:
+    def _is_absent(self, gang: Json) -> bool:
         try:
-            found = self.cluster.once("GET", self.cluster.path(gang["kind"], gang["metadata"]["name"]))
+            current = self.cluster.once("GET", self.cluster.path(gang["kind"], gang["metadata"]["name"]))
         except ApiError as error:
             return error.status == 404
-        return bool(found["metadata"]["uid"] != gang["metadata"]["uid"])
+        return bool(current["metadata"]["uid"] != gang["metadata"]["uid"])
 
     def end_elsewhere(self, spec: GangSpec) -> None:
-        """End a gang of this name that other options have made, where `find` does not look.
+        """End a gang of this name that was created with other options, where `find` does not look.
 
         Raises:
             ApiError: the cluster refuses it.
         """
-        kind, namespace = place.last(spec.state_dir)
+        kind, namespace = state.last_creation(spec.state_dir)
         if namespace not in ("", self.cluster.namespace):
             self._say(
-                f"{spec.name} was last made in the namespace {namespace}: should it run there still, its pods are "
-                "told through the volume to stop"
+                f"{spec.name} was last created in the namespace {namespace}. If it still runs there, a file on the "
+                "volume stops its pods"
             )
             self.fence(spec)
         elif kind not in ("", manifest.kind_of(spec)):
-            left = self.find(spec, kind)
-            if left:
-                self._say(f"{spec.name} is replaced: it is a {kind}, made with another backend")
-                self.remove(left, spec)
+            other = self.find(spec, kind)
+            if other:
+                self._say(f"{spec.name} is replaced: it is a {kind}, created with another backend")
+                self.remove(other, spec)
 
-    # -- doing ------------------------------------------------------------------------------
+    # -- change -----------------------------------------------------------------------------
 
     def create(self, spec: GangSpec) -> Json:
         """Create a gang whose name is free, and return its object.
 
         Raises:
             ApiError: the cluster refuses it.
-            Foreign: the name is not free after all.
+            ForeignObject: the name is not free after all.
         """
         if not self.is_new(spec):
             self._clear(spec)
@@ -171,29 +172,29 @@ class Gangs:
             except ApiError as error:
                 if error.status != 409 or attempt == CONFLICT_TRIES - 1:
                     raise
-                # A dead controller's last request has made it, or two requests wrote to one quota.
-                left = self.find(spec)
-                if left:
-                    self.remove(left, spec)
+                # A dead controller's last request took effect, or two requests changed one quota.
+                earlier = self.find(spec)
+                if earlier:
+                    self.remove(earlier, spec)
         raise AssertionError("not reached")
 
     def _create_with_helpers(self, spec: GangSpec) -> Json:
-        write_state(spec)
-        place.note(spec.state_dir, manifest.kind_of(spec), self.cluster.namespace)
-        *helpers, body = manifest.manifests(spec)
-        made = []
+        state.write_pod_files(spec)
+        state.record_creation(spec.state_dir, manifest.kind_of(spec), self.cluster.namespace)
+        *bodies, body = manifest.manifests(spec)
+        helpers: list[Json] = []
         try:
-            made = [self._create_helper(helper) for helper in helpers]
-            gang = self._create_gang(body, spec.token, has_helpers=bool(made))
+            helpers = [self._create_helper(helper) for helper in bodies]
+            gang = self._create_gang(body, spec.token, has_helpers=bool(helpers))
         except ApiError:
-            for helper in made:
+            for helper in helpers:
                 self.cluster.delete(helper)
             raise
-        self.adopt_helpers(gang, made)
+        self.adopt_helpers(gang, helpers)
         return gang
 
     def _create_gang(self, body: Json, token: str, *, has_helpers: bool) -> Json:
-        """Create a gang's object. A webhook may not have seen a helper that was made a moment ago."""
+        """Create a gang's object. A webhook may not see a helper that has just been created."""
         for attempt in range(HELPER_TRIES):
             try:
                 return self._create(body, token)
@@ -208,55 +209,55 @@ class Gangs:
         try:
             return {"kind": body["kind"], **self.cluster.create(body)}
         except ApiError as error:
-            # A request whose answer was lost may have done its work.
-            found = self.cluster.get(body["kind"], body["metadata"]["name"]) if error.status == 409 else None
-            if found and found["metadata"].get("annotations", {}).get(manifest.TOKEN) == token:
-                return {"kind": body["kind"], **found}
+            # A request may have succeeded although its response was lost.
+            existing = (
+                self.cluster.get(body["kind"], body["metadata"]["name"]) if error.status == 409 else None
+            )
+            if existing and existing["metadata"].get("annotations", {}).get(TOKEN) == token:
+                return {"kind": body["kind"], **existing}
             raise
 
     def _create_helper(self, body: Json) -> Json:
-        left = self.cluster.get(body["kind"], body["metadata"]["name"])
-        if left:  # its gang is gone or was never made
-            self._delete_and_wait({"kind": body["kind"], **left})
-        return self._create(body, body["metadata"]["annotations"][manifest.TOKEN])
+        orphan = self.cluster.get(body["kind"], body["metadata"]["name"])
+        if orphan:  # its gang is gone or was never created
+            self._delete_and_wait({"kind": body["kind"], **orphan})
+        return self._create(body, body["metadata"]["annotations"][TOKEN])
 
     def adopt_helpers(self, gang: Json, helpers: list[Json]) -> None:
-        """Give a gang's helpers to it. A controller may have died before."""
+        """Make a gang the owner of its helpers, unless an earlier controller has done so."""
         for helper in helpers:
             if not helper["metadata"].get("ownerReferences"):
-                self.cluster.own(helper, gang)
+                self.cluster.set_owner(helper, gang)
 
     def helpers_of(self, spec: GangSpec) -> list[Json]:
-        bodies = manifest.manifests(spec)[:-1]
-        found = [(body["kind"], self.cluster.get(body["kind"], spec.name)) for body in bodies]
-        return [{"kind": kind, **thing} for kind, thing in found if thing]
+        """Return the helpers of a gang that exist."""
+        kinds = [body["kind"] for body in manifest.manifests(spec)[:-1]]
+        helpers = [(kind, self.cluster.get(kind, spec.name)) for kind in kinds]
+        return [{"kind": kind, **helper} for kind, helper in helpers if helper]
 
     def end(self, gang: Json) -> None:
-        """Ask once for a gang's deletion, where it has not been.
+        """Request a gang's deletion, once.
 
         Raises:
-            ApiError, Unreachable: ask again later.
+            ApiError, Unreachable: call again later.
         """
-        newest = self.objects[gang["kind"]].of(gang["metadata"]["name"])
-        asked = any(
-            "deletionTimestamp" in t["metadata"]
-            for t in newest
-            if t["metadata"]["uid"] == gang["metadata"]["uid"]
-        )
-        if not asked and not self.objects[gang["kind"]].is_gone(gang):
+        mirror, uid = self.objects[gang["kind"]], gang["metadata"]["uid"]
+        same = [obj for obj in mirror.of(gang["metadata"]["name"]) if obj["metadata"]["uid"] == uid]
+        is_requested = any("deletionTimestamp" in obj["metadata"] for obj in same)
+        if not is_requested and not mirror.is_gone(gang):
             self.cluster.delete(gang, patient=False)
 
     def delete(self, gang: Json) -> None:
-        """Delete a gang that is done with; one that may not be is left to its time limit and to `gc`."""
+        """Delete a finished gang; if the cluster refuses, its time limit or `gc` removes it."""
         with suppress(ApiError):
             self.cluster.delete(gang)
 
-    def _delete_and_wait(self, thing: Json, limit_s: float = 60.0) -> None:
-        self.cluster.delete(thing)
+    def _delete_and_wait(self, obj: Json, limit_s: float = 60.0) -> None:
+        self.cluster.delete(obj)
         until = time.monotonic() + limit_s
         while time.monotonic() < until:
-            now = self.cluster.get(thing["kind"], thing["metadata"]["name"])
-            if not now or now["metadata"]["uid"] != thing["metadata"]["uid"]:
+            current = self.cluster.get(obj["kind"], obj["metadata"]["name"])
+            if not current or current["metadata"]["uid"] != obj["metadata"]["uid"]:
                 return
             time.sleep(0.2)
 
@@ -267,38 +268,34 @@ class Gangs:
         self.forget(spec.name)
 
     def _clear(self, spec: GangSpec) -> None:
-        """Return when no pod of an earlier gang of this name can write, or holds a name that is needed.
+        """Return when no pod of an earlier gang of this name can write, or has a name that is needed.
 
-        A gang's object may be gone, or have failed, while pods of it still end.
+        A gang's object may be gone, or have failed, while some of its pods still run.
         """
         if not self._wait_for_pods(spec):
-            self._say(
-                f"{spec.name}: a pod's node does not answer; the pod is told through the volume to stop"
-            )
+            self._say(f"{spec.name}: a pod's node does not respond; a file on the volume stops the pod")
             self.fence(spec)
 
     def fence(self, spec: GangSpec) -> None:
-        """Stop pods that the cluster cannot reach: by their token, on the volume that they write to."""
-        write_state(spec)
+        """Stop pods that the cluster cannot reach, by a new token on the volume to which they write."""
+        state.write_pod_files(spec)
         time.sleep(FENCE_S)
-        for pod in self._pods_left(spec):
+        for pod in self._remaining_pods(spec):
             self.cluster.delete(pod, grace_s=0)
 
     def _wait_for_pods(self, spec: GangSpec) -> bool:
-        """Wait while pods of a deleted gang end; False if a node does not answer."""
-        begun = time.monotonic()
-        while left := self._pods_left(spec):
-            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in left)
-            if time.monotonic() - begun > grace + UNANSWERED_S:
+        """Wait for the pods of a deleted gang to end; False if a node does not respond."""
+        begin = time.monotonic()
+        while pods := self._remaining_pods(spec):
+            grace = max(pod["metadata"].get("deletionGracePeriodSeconds") or 0 for pod in pods)
+            if time.monotonic() - begin > grace + UNANSWERED_S:
                 return False
             time.sleep(0.2)
         return True
 
-    def _pods_left(self, spec: GangSpec) -> list[Json]:
-        """Pods that may still write; of a DeepSpeedJob also ended ones, for their names are fixed."""
-        pods = self.cluster.list_all(
-            "Pod", f"{manifest.LABEL_PLACE}={self.place},{manifest.LABEL_GANG}={spec.name}"
-        )
+    def _remaining_pods(self, spec: GangSpec) -> list[Json]:
+        """Pods that may still write; for a DeepSpeedJob ended pods as well, because their names are fixed."""
+        pods = self.cluster.list_all("Pod", f"{self._selector},{LABEL_GANG}={spec.name}")
         names_are_fixed = manifest.kind_of(spec) == "DeepSpeedJob"
         ended = ("Succeeded", "Failed")
         return [pod for pod in pods if names_are_fixed or pod.get("status", {}).get("phase") not in ended]
@@ -307,9 +304,3 @@ class Gangs:
         """Drop what the mirrors keep of a gang."""
         for mirror in self._mirrors():
             mirror.forget(name)
-
-
-def write_state(spec: GangSpec) -> None:
-    """Write what pods read from the volume."""
-    for name, text in manifest.files(spec).items():
-        place.write_whole(Path(spec.state_dir, name), text)

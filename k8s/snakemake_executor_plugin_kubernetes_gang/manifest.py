@@ -1,42 +1,42 @@
-"""Manifests: pure functions from a spec to the objects that a cluster is asked for.
+"""Manifests: pure functions from a spec to the objects to create.
 
-A backend's last object is the gang; those before it serve it and are given to it as their owner.
+The last object of a backend is the gang; those before it are helpers, which the gang will own.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from . import template
 from .entrypoint import AS_OWNER, ENTRYPOINT, ENVIRONMENT
+from .objects import (
+    DEEPSPEEDJOB_MAIN,
+    INDEX_LABEL,
+    KINDS,
+    LABEL_GANG,
+    MAIN,
+    MANAGED_BY,
+    TRAINJOB_MAIN,
+    Json,
+)
 from .spec import GangSpec, Queue, SpecError
-
-Json = dict[str, Any]
 
 PORT = 29500
 GPU = "nvidia.com/gpu"
-LABEL_PLACE = template.PREFIX + "place"
-LABEL_GANG = template.PREFIX + "gang"
-FINGERPRINT = template.PREFIX + "fingerprint"
-TOKEN = template.PREFIX + "token"
-WORKDIR = template.PREFIX + "workdir"
-MANAGED_BY = {"app.kubernetes.io/managed-by": "kubernetes-gang"}
-INDEX = "metadata.labels['batch.kubernetes.io/job-completion-index']"
-KEEP_S = 7 * 24 * 3600  # a net: the controller deletes a gang once Snakemake has recorded its end
-KINDS = {"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob", "deepspeedjob": "DeepSpeedJob"}
-ROLE = "gang"  # the replicated job of a JobSet
+INDEX = f"metadata.labels['{INDEX_LABEL}']"
+KEEP_S = 7 * 24 * 3600  # a fallback: the controller deletes a gang once Snakemake has recorded its end
+ROLE = "gang"  # name of a JobSet's replicated job
 RESERVED_ENV = {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def manifests(spec: GangSpec) -> list[Json]:
-    """Return the objects of a gang, in the order in which they are created."""
-    return BACKENDS[backend_of(spec)](spec)
+    """Return the objects of a gang in the order of creation."""
+    return BUILDERS[backend_of(spec)](spec)
 
 
 def backend_of(spec: GangSpec) -> str:
-    """Rules without GPUs are plain jobs under every backend: they need no launcher."""
+    """Return a gang's backend: without GPUs always a plain job, which needs no launcher."""
     return spec.backend if spec.gpus else "job"
 
 
@@ -56,11 +56,15 @@ def _indexed_job(spec: GangSpec) -> list[Json]:
 
 
 def _job_spec(spec: GangSpec, pod: Json) -> Json:
-    """A gang ends with its first failed pod, and no pod is replaced beside its predecessor."""
+    """The first failed pod ends the gang, and no pod runs beside its replacement."""
     return {
-        "completionMode": "Indexed", "completions": spec.nodes, "parallelism": spec.nodes,
-        "backoffLimit": 0, "podReplacementPolicy": "Failed", "template": pod,
-    }  # fmt: skip
+        "completionMode": "Indexed",
+        "completions": spec.nodes,
+        "parallelism": spec.nodes,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "template": pod,
+    }
 
 
 def _service(spec: GangSpec) -> Json:
@@ -92,8 +96,8 @@ def _jobset_template(spec: GangSpec, role: str) -> Json:
 
 
 def _trainjob(spec: GangSpec) -> list[Json]:
-    """A TrainJob and a runtime of its own: what a TrainJob may override differs between versions."""
-    role = "node"  # the name under which Trainer looks for the job that trains, and for its container
+    """A TrainJob and its own runtime: what a TrainJob may override differs between versions."""
+    role = TRAINJOB_MAIN  # Trainer requires this name for the replicated job, too
     runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", spec)
     runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
     shape = _jobset_template(spec, role)
@@ -112,10 +116,13 @@ def _deepspeedjob(spec: GangSpec) -> list[Json]:
     body = _object("batch.tensorstack.dev/v1beta1", "DeepSpeedJob", spec)
     pod = _pod(spec, None)
     _as_root(pod)
-    _rename_main(pod, "worker")
+    _rename_main(pod, DEEPSPEEDJOB_MAIN)
     body["spec"] = {
-        # From a file: the launcher passes the command through ssh, where quotes do not survive.
-        "config": {"slotsPerWorker": spec.gpus, "run": {"exec": ["bash", f"{spec.state_dir}/{_slot(spec)}"]}},
+        # A file: the launcher passes the command through ssh, which loses quotes.
+        "config": {
+            "slotsPerWorker": spec.gpus,
+            "run": {"exec": ["bash", f"{spec.state_dir}/{_slot_file(spec)}"]},
+        },
         "runPolicy": {"backoffLimit": 0, "cleanUpPolicy": "Unfinished"},
         "worker": {"replicas": spec.nodes, "restartPolicy": "Never", "template": pod},
     }
@@ -129,31 +136,31 @@ def _t9k_queue(queue: Queue) -> Json:
         return {"queue": queue.name}
     if not queue.priority.isdigit() or int(queue.priority) > 100:
         raise SpecError(
-            f"priority {queue.priority!r} of queue {queue.name}: t9k takes a number from 0 to 100"
+            f"priority {queue.priority!r} of queue {queue.name}: t9k takes a number from 0 to 100. Correct the rule's resource priority"
         )
     return {"queue": queue.name, "priority": int(queue.priority)}
 
 
 def _as_root(pod: Json) -> None:
-    """sshd in DeepSpeedJob's pods needs root and its capabilities; see entrypoint.AS_OWNER."""
+    """Run a DeepSpeedJob's pods as root, because their sshd needs it; see entrypoint.AS_OWNER."""
     security = pod["spec"]["securityContext"]
     pod["spec"]["securityContext"] = {"fsGroup": security["fsGroup"], "fsGroupChangePolicy": "OnRootMismatch"}
     container = pod["spec"]["containers"][0]
     add = container["securityContext"].get("capabilities", {}).get("add", [])
     container["securityContext"] = {"capabilities": {"add": add}} if add else {}
     del container["command"], container["args"]
-    # The launcher looks in root's home for the variables that the controller has written down.
+    # The launcher reads variables from a file in root's home, which the job's controller has written.
     container["env"] = [entry for entry in container["env"] if entry["name"] not in ("HOME", "USER")]
 
 
-def _slot(spec: GangSpec) -> str:
-    """A file of this very gang's: a late process of an old one must not take the new one's token for its own."""
+def _slot_file(spec: GangSpec) -> str:
+    """A file name with the token: a late process of an earlier gang must not read the new token."""
     return f"slot-{spec.token}.sh"
 
 
 def _rename_main(pod: Json, name: str) -> None:
     for container in pod["spec"]["containers"]:
-        if container["name"] == template.MAIN:
+        if container["name"] == MAIN:
             container["name"] = name
 
 
@@ -174,7 +181,7 @@ def _queue_labels(body: Json, queue: Queue | None) -> None:
 
 
 def _pod(spec: GangSpec, master: str | None) -> Json:
-    """The template of a gang's pods; `master` is rank 0's host name, None where a launcher sets it."""
+    """The template of a gang's pods; `master` is rank 0's host name, None if a launcher sets it."""
     pod: Json = {
         "metadata": {"labels": _labels(spec), "annotations": {}},
         "spec": {
@@ -182,13 +189,17 @@ def _pod(spec: GangSpec, master: str | None) -> Json:
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": {
-                "runAsNonRoot": True, "runAsUser": spec.uid, "runAsGroup": spec.gid, "fsGroup": spec.gid,
-                "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+                "runAsNonRoot": True,
+                "runAsUser": spec.uid,
+                "runAsGroup": spec.gid,
+                "fsGroup": spec.gid,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [_container(spec, master)],
             "volumes": _volumes(spec),
         },
-    }  # fmt: skip
+    }
     if spec.runtime_s:  # on the pod, not on the job: time in a queue does not count
         pod["spec"]["activeDeadlineSeconds"] = spec.runtime_s
     _queue_pod(pod, spec)
@@ -196,7 +207,7 @@ def _pod(spec: GangSpec, master: str | None) -> Json:
 
 
 def _queue_pod(pod: Json, spec: GangSpec) -> None:
-    """Queues that know pods rather than jobs. DeepSpeedJob's controller does this for its own pods."""
+    """Mark a pod for queues that schedule pods, not jobs. DeepSpeedJob's controller marks its own pods."""
     queue = spec.queue
     if queue and queue.system == "volcano":
         pod["spec"]["schedulerName"] = "volcano"
@@ -213,7 +224,7 @@ def _queue_pod(pod: Json, spec: GangSpec) -> None:
 
 def _container(spec: GangSpec, master: str | None) -> Json:
     return {
-        "name": template.MAIN,
+        "name": MAIN,
         "image": spec.image,
         "command": ["bash", "-c"],
         "args": [ENTRYPOINT],
@@ -226,32 +237,36 @@ def _container(spec: GangSpec, master: str | None) -> Json:
 
 
 def _gang_values(spec: GangSpec) -> dict[str, str]:
-    """What entrypoint.ENTRYPOINT reads."""
+    """The parameters of entrypoint.ENTRYPOINT."""
     return {
-        "GANG_COMMAND": spec.command, "GANG_WORKDIR": spec.workdir, "GANG_PROJECT": spec.project,
-        "GANG_STATE": spec.state_dir, "GANG_TOKEN": spec.token, "GANG_START_TIMEOUT": str(spec.start_timeout_s),
-    }  # fmt: skip
+        "GANG_COMMAND": spec.command,
+        "GANG_WORKDIR": spec.workdir,
+        "GANG_PROJECT": spec.project,
+        "GANG_STATE": spec.state_dir,
+        "GANG_TOKEN": spec.token,
+        "GANG_START_TIMEOUT": str(spec.start_timeout_s),
+    }
 
 
 def files(spec: GangSpec) -> dict[str, str]:
-    """Return what must lie in the gang's state directory before it is created, by file name."""
+    """Return the files that pods read from the gang's state directory, by name."""
     token = {"token": spec.token + "\n"}
     if backend_of(spec) != "deepspeedjob":
         return token
     values = {**_plain_env(spec), **_gang_values(spec), "GANG_UID": str(spec.uid), "GANG_GID": str(spec.gid)}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
-    return {**token, _slot(spec): ENVIRONMENT + exports + AS_OWNER, "entrypoint.sh": ENTRYPOINT}
+    return {**token, _slot_file(spec): ENVIRONMENT + exports + AS_OWNER, "entrypoint.sh": ENTRYPOINT}
 
 
 def _plain_env(spec: GangSpec) -> dict[str, str]:
-    """The pod's variables whose values stand in its manifest, the template's among them."""
+    """The variables whose values are in the pod's manifest, including those of the template."""
     entries = _pod(spec, None)["spec"]["containers"][0]["env"]
     values = {entry["name"]: entry["value"] for entry in entries if "value" in entry}
     return {name: v.replace("$$", "$") for name, v in values.items() if "$(" not in v.replace("$$", "")}
 
 
 def _env(values: Mapping[str, str]) -> list[Json]:
-    # Kubernetes replaces `$(NAME)` in a value, and makes `$` of `$$`.
+    # Kubernetes replaces `$(NAME)` in a value, and `$$` by `$`.
     return [{"name": name, "value": value.replace("$", "$$")} for name, value in values.items()]
 
 
@@ -276,7 +291,7 @@ def _user_env(spec: GangSpec) -> list[Json]:
 
 
 def _resources(spec: GangSpec) -> Json:
-    """Memory and GPUs are guaranteed; idle CPUs may be used beyond the request."""
+    """Memory and GPUs are limited to the request; a pod may use idle CPUs beyond it."""
     memory, gpus = f"{spec.memory_mb}M", {GPU: str(spec.gpus)} if spec.gpus else {}
     return {
         "requests": {"cpu": spec.cpu, "memory": memory, **gpus},
@@ -305,6 +320,9 @@ def _mounts(spec: GangSpec) -> list[Json]:
     return [*mounts, {"name": "shm", "mountPath": "/dev/shm"}]
 
 
-BACKENDS: dict[str, Callable[[GangSpec], list[Json]]] = {
-    "job": _indexed_job, "deepspeedjob": _deepspeedjob, "trainjob": _trainjob, "jobset": _jobset,
-}  # fmt: skip
+BUILDERS: dict[str, Callable[[GangSpec], list[Json]]] = {
+    "job": _indexed_job,
+    "deepspeedjob": _deepspeedjob,
+    "trainjob": _trainjob,
+    "jobset": _jobset,
+}

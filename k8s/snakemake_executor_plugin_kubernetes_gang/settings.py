@@ -10,28 +10,29 @@ from typing import List, Optional
 from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
-from .spec import BACKENDS, QUEUE_SYSTEMS, SpecError, parse_volume
+from .objects import KINDS
+from .spec import QUEUE_SYSTEMS, SpecError, parse_volume
 
 ON_EXIT = ("ask", "leave", "cancel")
-# A variable with such a name holds a secret. HF_TOKEN does, TOKENIZERS_PARALLELISM does not.
+# Names of variables that hold secrets: HF_TOKEN matches, TOKENIZERS_PARALLELISM does not.
 SECRET = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API)?KEY)$", re.IGNORECASE)
-# How Snakemake reads several words as they are.
+# Snakemake takes the words of a list option unchanged.
 WORDS = {"parse_func": list, "unparse_func": list}
 
 
 @dataclass
 class ExecutorSettings(ExecutorSettingsBase):
-    """See `snakemake --help`. Mistakes are WorkflowErrors that name the option."""
+    """See `snakemake --help`. A wrong value raises a WorkflowError that names the option."""
 
     image: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Container image of the pods; a rule's container: goes before it.",
+            "help": "Container image of the pods; a rule's container: takes precedence.",
             "env_var": True,
         },
     )
     namespace: Optional[str] = field(
-        default=None, metadata={"help": "Namespace of the pods. Default: the one of the credentials."}
+        default=None, metadata={"help": "Namespace of the pods. Default: the namespace of the credentials."}
     )
     context: Optional[str] = field(
         default=None,
@@ -40,14 +41,14 @@ class ExecutorSettings(ExecutorSettingsBase):
     backend: str = field(
         default="job",
         metadata={
-            "help": "What a gang with GPUs is made of; one without is always a job.",
-            "choices": list(BACKENDS),
+            "help": "Kind of object for gangs with GPUs; gangs without GPUs are always jobs.",
+            "choices": list(KINDS),
         },
     )
     volumes: Optional[List[str]] = field(
         default=None,
         metadata={
-            "help": "Claims that controller and pods have at the same path: claim:/path[:sub/path].",
+            "help": "Claims that the controller and the pods mount at the same path: claim:/path[:sub/path].",
             "nargs": "+",
             **WORDS,
         },
@@ -57,45 +58,53 @@ class ExecutorSettings(ExecutorSettingsBase):
         metadata={"help": "YAML files with a pod template to merge into every pod.", "nargs": "+", **WORDS},
     )
     gpu_pod_template: Optional[List[Path]] = field(
-        default=None, metadata={"help": "The same for pods with GPUs, over the other.", "nargs": "+", **WORDS}
+        default=None,
+        metadata={"help": "The same for pods with GPUs; merged over the other.", "nargs": "+", **WORDS},
     )
     queue_system: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Who keeps the queue that a rule's resource queue names.",
+            "help": "System that manages the queue named by a rule's resource queue.",
             "choices": list(QUEUE_SYSTEMS),
         },
     )
     on_exit: str = field(
         default="ask",
         metadata={
-            "help": "What Ctrl-C does to running gangs. ask: at a terminal; elsewhere they are left running.",
+            "help": "What Ctrl-C does to running gangs. ask: asks at a terminal, otherwise leaves them running.",
             "choices": list(ON_EXIT),
         },
     )
     start_timeout: int = field(
         default=600,
         metadata={
-            "help": "Seconds in which all pods of a gang must start once one has, or once one cannot.",
+            "help": "Seconds within which all pods of a gang must start, once one has started or cannot start.",
             "type": int,
         },
     )
     pass_env: Optional[List[str]] = field(
         default=None,
         metadata={
-            "help": "Environment variables of the controller that pods get too, besides the proxy's.",
+            "help": "Environment variables to pass to pods, in addition to those of the proxy.",
             "nargs": "+",
             **WORDS,
         },
     )
     env_secret: Optional[str] = field(
         default=None,
-        metadata={"help": "Secret that holds the values of the workflow's envvars:, by their names."},
+        metadata={"help": "Secret with the values of the workflow's envvars:, under the same names."},
     )
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_values()
+        # Resolved here, because Snakemake changes into the working directory later.
+        self.pod_template = [Path(path).absolute() for path in self.pod_template or []]
+        self.gpu_pod_template = [Path(path).absolute() for path in self.gpu_pod_template or []]
+
+    def _check_choices(self) -> None:
         for option, value, known in (
-            ("backend", self.backend, BACKENDS),
+            ("backend", self.backend, KINDS),
             ("on-exit", self.on_exit, ON_EXIT),
             ("queue-system", self.queue_system, (None, *QUEUE_SYSTEMS)),
         ):
@@ -103,6 +112,8 @@ class ExecutorSettings(ExecutorSettingsBase):
                 raise WorkflowError(
                     f"--kubernetes-gang-{option} {value}: must be one of {', '.join(filter(None, known))}"
                 )
+
+    def _check_values(self) -> None:
         if self.start_timeout < 1:
             raise WorkflowError(
                 f"--kubernetes-gang-start-timeout {self.start_timeout}: must be at least 1 second"
@@ -117,6 +128,3 @@ class ExecutorSettings(ExecutorSettingsBase):
                 f"--kubernetes-gang-pass-env {name}: its value would be readable in every pod's manifest. Put it into "
                 "a Secret and name that in the pod template (env, valueFrom, secretKeyRef)"
             )
-        # Now: later Snakemake goes into the workflow's working directory.
-        self.pod_template = [Path(path).absolute() for path in self.pod_template or []]
-        self.gpu_pod_template = [Path(path).absolute() for path in self.gpu_pod_template or []]

@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-BACKENDS = ("job", "deepspeedjob", "trainjob", "jobset")
 QUEUE_SYSTEMS = ("kueue", "t9k", "volcano")
-# Longest name that leaves room for what controllers append, in a pod's 63-character host name.
+# A host name has at most 63 characters, and controllers append to a gang's name.
 NAME_LENGTH = 40
 
 
 class SpecError(ValueError):
-    """A gang that cannot be asked for; the message says what to change."""
+    """A gang that cannot be created; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Queue:
-    """Where a gang waits for its turn; `priority` is a class name, for t9k a number 0..100."""
+    """The queue in which a gang waits; `priority` is a class name, for t9k a number 0..100."""
 
     system: str
     name: str
@@ -38,7 +37,10 @@ class Queue:
 
 @dataclass(frozen=True)
 class GangSpec:
-    """A gang. Sizes are per pod: GPUs, CPUs (as Kubernetes writes them), MB (10^6 bytes); `runtime_s` counts from a pod's start."""
+    """A gang. Sizes are per pod: GPUs, CPUs (in Kubernetes' notation), MB (10^6 bytes).
+
+    `runtime_s` counts from a pod's start. `project` is the path of the Snakefile, which pods must see.
+    """
 
     name: str
     command: str
@@ -80,7 +82,7 @@ class GangSpec:
 
 
 def cpus(text: str) -> float:
-    """Return how many CPUs `2`, `0.5` or `500m` are."""
+    """Return the number of CPUs that `2`, `0.5` or `500m` means."""
     if not re.fullmatch(r"\d+m|\d+(\.\d+)?", text):
         raise SpecError(f"cpu={text}: write CPUs like 2, 0.5 or 500m. Correct the rule's resources.")
     return int(text[:-1]) / 1000 if text.endswith("m") else float(text)
@@ -102,14 +104,15 @@ def slug(text: str) -> str:
 
 
 def digest(*parts: object) -> str:
+    """Return the SHA-256 of values that JSON can represent."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def gang_name(rule: str, place: str, outputs: Iterable[str]) -> str:
-    """Return the name of the gang that makes `outputs` in `place`: the same at every start."""
-    return f"{slug(rule)}-{digest(rule, place, sorted(outputs))[:10]}"
+def gang_name(rule: str, workdir_id: str, outputs: Iterable[str]) -> str:
+    """Return the name of the gang that makes `outputs` in a working directory: the same in every run."""
+    return f"{slug(rule)}-{digest(rule, workdir_id, sorted(outputs))[:10]}"
 
 
-def place_of(workdir: str, volumes: Iterable[Volume]) -> str:
-    """Return what tells one working directory in a namespace from every other."""
+def workdir_identity(workdir: str, volumes: Iterable[Volume]) -> str:
+    """Return an identity of a working directory that no other one in the namespace has."""
     return digest(workdir, sorted((v.claim, v.path, v.sub_path) for v in volumes))[:16]

@@ -1,23 +1,22 @@
-"""What the objects of a cluster say about a gang: pure functions of their JSON."""
+"""What a cluster's objects say about a gang: pure functions of their JSON."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-Json = Mapping[str, Any]
+from .objects import DEEPSPEEDJOB_MAIN, INDEX_LABEL, MAIN, TRAINJOB_MAIN, Json
 
-INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
-# A condition that is True ends a gang: with success or without.
+# The conditions that end a gang when they are True, and the phase that they mean.
 ENDS = {
     "Job": {"Complete": "succeeded", "Failed": "failed"},
     "JobSet": {"Completed": "succeeded", "Failed": "failed"},
     "TrainJob": {"Complete": "succeeded", "Failed": "failed"},
 }
-# Decided by phase, then by Failed: a failed DeepSpeedJob is Completed too in newer versions.
+END_CONDITIONS = {condition for ends in ENDS.values() for condition in ends}  # DeepSpeedJob's as well
+# The phase decides, then Failed: in newer versions a failed DeepSpeedJob is Completed, too.
 DEEPSPEED_ENDS = {"Succeeded": "succeeded", "Failed": "failed"}
 
 
@@ -33,21 +32,22 @@ class Status:
 
     @property
     def ended(self) -> bool:
+        """Whether the gang has succeeded or failed."""
         return self.phase in ("succeeded", "failed")
 
 
-def conditions(thing: Json) -> dict[str, Json]:
+def conditions(obj: Json) -> dict[str, Json]:
     """Return the conditions of an object that are True, by type."""
-    found = thing.get("status", {}).get("conditions") or []
-    return {c["type"]: c for c in found if c.get("status") == "True"}
+    entries = obj.get("status", {}).get("conditions") or []
+    return {entry["type"]: entry for entry in entries if entry.get("status") == "True"}
 
 
 def read(gang: Json, pods: Iterable[Json], nodes: int) -> Status:
-    """Return the status of a gang of `nodes` pods from its object and all pods it ever had."""
+    """Return the status of a gang of `nodes` pods, given its object and all pods that it ever had."""
     newest = newest_by_rank(pods)
     running = sum(has_started(pod) for pod in newest)
     phase, condition = _end(gang)
-    # Worker 0 alone decides for this controller, which may be done before it hears of another.
+    # DeepSpeedJob's controller looks at worker 0 only, and may be done before another worker fails.
     if phase == "succeeded" and gang["kind"] == "DeepSpeedJob" and any(map(_has_failed, newest)):
         phase = "failed"
     if not phase:
@@ -56,21 +56,21 @@ def read(gang: Json, pods: Iterable[Json], nodes: int) -> Status:
 
 
 def _end(gang: Json) -> tuple[str, Json]:
-    """The end of a gang, if it has one, and the condition that tells."""
-    found = conditions(gang)
+    """The phase of a gang that has ended, and the condition that shows it; empty if it has not."""
+    true = conditions(gang)
     if gang["kind"] == "DeepSpeedJob":
         phase = DEEPSPEED_ENDS.get(gang.get("status", {}).get("phase", ""), "")
-        if not phase and "Failed" in found:
+        if not phase and "Failed" in true:
             phase = "failed"
-        return phase, found.get("Failed") or found.get("ReplicaFailure") or {}
-    for kind, phase in ENDS[gang["kind"]].items():
-        if kind in found:
-            return phase, found[kind]
+        return phase, true.get("Failed") or true.get("ReplicaFailure") or {}
+    for condition, phase in ENDS[gang["kind"]].items():
+        if condition in true:
+            return phase, true[condition]
     return "", {}
 
 
 def _phase(gang: Json, pods: tuple[Json, ...], running: int, nodes: int) -> str:
-    # A queue may take a gang back while it runs: its pods are still there then.
+    # A queue may suspend a running gang: its pods still exist then.
     if gang.get("spec", {}).get("suspend") is True or ("Suspended" in conditions(gang) and not pods):
         return "queued"
     if running == nodes:
@@ -78,17 +78,25 @@ def _phase(gang: Json, pods: tuple[Json, ...], running: int, nodes: int) -> str:
     return "starting" if running else "pending"
 
 
+def ended_at(gang: Json) -> str:
+    """Return when a gang ended, as a timestamp of the API; empty if its object does not say."""
+    true = conditions(gang)
+    stamps: list[str | None] = [true.get(name, {}).get("lastTransitionTime") for name in END_CONDITIONS]
+    stamps.append(gang.get("status", {}).get("completionTime"))
+    return max(filter(None, stamps), key=seconds, default="")
+
+
 def rank(pod: Json) -> int:
     """Return a pod's rank: its index in the job, or the number at the end of `<job>-worker-<i>`."""
     index = pod["metadata"].get("labels", {}).get(INDEX_LABEL)
     if index is None:
-        found = re.search(r"-worker-(\d+)$", pod["metadata"]["name"])
-        index = found.group(1) if found else "0"
+        match = re.search(r"-worker-(\d+)$", pod["metadata"]["name"])
+        index = match.group(1) if match else "0"
     return int(index)
 
 
 def newest_by_rank(pods: Iterable[Json]) -> tuple[Json, ...]:
-    """Return the newest pod of each rank: an evicted one stays listed beside its replacement."""
+    """Return the newest pod of each rank: an evicted pod stays listed beside its replacement."""
     newest: dict[int, Json] = {}
     for pod in sorted(pods, key=lambda pod: pod["metadata"].get("creationTimestamp", "")):
         newest[rank(pod)] = pod
@@ -96,7 +104,7 @@ def newest_by_rank(pods: Iterable[Json]) -> tuple[Json, ...]:
 
 
 def has_started(pod: Json) -> bool:
-    """Whether a pod runs, or has done its part, and is not being taken away."""
+    """Whether a pod runs or has succeeded, and is not being deleted."""
     return (
         pod.get("status", {}).get("phase") in ("Running", "Succeeded")
         and "deletionTimestamp" not in pod["metadata"]
@@ -104,26 +112,26 @@ def has_started(pod: Json) -> bool:
 
 
 def is_broken(pod: Json) -> bool:
-    """Whether a pod has failed or is being taken away: its gang cannot go on."""
+    """Whether a pod has failed or is being deleted: its gang cannot continue."""
     return _has_failed(pod) or "deletionTimestamp" in pod["metadata"]
 
 
 def _has_failed(pod: Json) -> bool:
-    """Whether a pod has failed by itself: one that is taken away may be called so as well."""
+    """Whether a pod has failed by itself: the phase of a deleted pod may be Failed as well."""
     return pod.get("status", {}).get("phase") == "Failed" and "deletionTimestamp" not in pod["metadata"]
 
 
 def container(pod: Json) -> Json:
-    """Return the status of the container that runs the command; empty before the kubelet has it."""
-    found = pod.get("status", {}).get("containerStatuses") or [{}]
-    named: list[Json] = [c for c in found if c.get("name") in ("main", "node", "worker")]
-    return named[0] if named else dict(found[0])
+    """Return the status of the container that runs the command; empty until the kubelet reports it."""
+    containers: list[Json] = pod.get("status", {}).get("containerStatuses") or [{}]
+    main = [c for c in containers if c.get("name") in (MAIN, TRAINJOB_MAIN, DEEPSPEEDJOB_MAIN)]
+    return (main or containers)[0]
 
 
 def terminated(pod: Json) -> Json:
     """Return how the command's container ended; empty while it has not."""
-    ended: Json = container(pod).get("state", {}).get("terminated") or {}
-    return ended
+    end: Json = container(pod).get("state", {}).get("terminated") or {}
+    return end
 
 
 def seconds(stamp: str) -> float:
@@ -132,7 +140,7 @@ def seconds(stamp: str) -> float:
 
 
 def run_seconds(pods: Iterable[Json]) -> float:
-    """Return how long a gang's containers ran, by the cluster's clock; 0 where it does not say."""
+    """Return how long a gang's containers ran, by the cluster's clock; 0 if it is unknown."""
     ends = [terminated(pod) for pod in pods]
     starts = [seconds(end["startedAt"]) for end in ends if end.get("startedAt")]
     stops = [seconds(end["finishedAt"]) for end in ends if end.get("finishedAt")]

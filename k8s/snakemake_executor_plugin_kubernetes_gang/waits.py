@@ -1,19 +1,17 @@
-"""Why a gang that was asked for does not start, in one sentence: pure functions."""
+"""Why a gang does not start, in one sentence: pure functions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from . import status
+from .objects import Json
 
-Json = Mapping[str, Any]
-
-# A kubelet tries again within two minutes: a warning that has not come since then has passed.
+# A kubelet retries within two minutes: a warning that is older has been resolved.
 STALE_S = 150.0
-AT_ONCE = ("ErrImageNeverPull", "InvalidImageName")  # no second try will do better
+PERMANENT = ("ErrImageNeverPull", "InvalidImageName")  # a retry cannot help
 IMAGE_REASONS = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -32,7 +30,7 @@ CONFIG_REASONS = (
 
 @dataclass(frozen=True)
 class Cause:
-    """A reason in one word, what happened, the evidence, what to do; `transient`: another try may do better."""
+    """A reason in one word, what happened, the evidence, and what to do; `transient`: a retry may help."""
 
     reason: str
     what: str
@@ -41,6 +39,7 @@ class Cause:
     transient: bool = False
 
     def sentence(self) -> str:
+        """Return what happened, the evidence and what to do, as one sentence."""
         evidence = f" ({short(self.evidence)})" if self.evidence else ""
         advice = f": {self.advice}" if self.advice else ""
         return f"{self.what}{evidence}{advice}."
@@ -48,22 +47,22 @@ class Cause:
 
 @dataclass(frozen=True)
 class Case:
-    """All that is known about a gang: its object, pods by rank, events, the end of each rank's log.
+    """All that is known about a gang: its object, pods by rank, events, and the end of each rank's log.
 
-    `now` is in seconds since the epoch, `nodes` how many pods there should be, `asked` what each asks for.
+    `now` is in seconds since the epoch. `nodes` is the expected number of pods, `requested` what they request.
     """
 
     gang: Json
     pods: Sequence[Json] = ()
     events: Sequence[Json] = ()
     tails: Mapping[int, str] | None = None
-    asked: str = ""
+    requested: str = ""
     nodes: int = 1
     now: float = 0.0
 
 
-def why(case: Case) -> Cause | None:
-    """Return why a gang that has not started does not, if the cluster says."""
+def explain(case: Case) -> Cause | None:
+    """Return why a gang does not start, if the cluster reports a reason."""
     for check in WAITS:
         cause = check(case)
         if cause:
@@ -72,18 +71,20 @@ def why(case: Case) -> Cause | None:
 
 
 def short(text: str, limit: int = 300) -> str:
+    """Return `text` on one line of at most `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def name_of(pod: Json) -> str:
+    """Return a pod's name for messages."""
     return f"pod {pod['metadata']['name']}"
 
 
 def _event(case: Case, *reasons: str) -> Json:
     """The newest event with one of these reasons."""
-    found = [event for event in case.events if event.get("reason") in reasons]
-    return max(found, key=last_seen, default={})
+    events = [event for event in case.events if event.get("reason") in reasons]
+    return max(events, key=last_seen, default={})
 
 
 def last_seen(event: Json) -> float:
@@ -94,7 +95,7 @@ def last_seen(event: Json) -> float:
 
 
 def _setup_event(case: Case, *reasons: str) -> Json:
-    """The newest warning about a pod that is not set up yet. One that has been mended explains nothing."""
+    """The newest warning about a pod that is not set up yet, unless the problem has been resolved."""
     names = {pod["metadata"]["name"] for pod in case.pods if not _is_set_up(pod)}
     about = [event for event in case.events if event.get("involvedObject", {}).get("name") in names]
     event = _event(replace(case, events=about), *reasons)
@@ -102,18 +103,18 @@ def _setup_event(case: Case, *reasons: str) -> Json:
 
 
 def _is_set_up(pod: Json) -> bool:
-    """Whether a pod has its volumes and its sandbox; nodes before 1.29 say so only when it runs."""
+    """Whether a pod has its volumes and its sandbox; nodes before 1.29 report it only when the pod runs."""
     state = status.container(pod).get("state", {})
-    return "PodReadyToStartContainers" in status.conditions(pod) or bool(
-        state.keys() & {"running", "terminated"}
-    )
+    has_run = bool(state.keys() & {"running", "terminated"})
+    return has_run or "PodReadyToStartContainers" in status.conditions(pod)
 
 
 def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, str, Json] | None:
-    """The first container that waits for one of these reasons: its pod, its name, its words."""
+    """The first container that waits for one of these reasons: its pod, its name, and its state."""
     for pod in case.pods:
-        found = pod.get("status", {})
-        for entry in (*(found.get("initContainerStatuses") or ()), *(found.get("containerStatuses") or ())):
+        pod_status = pod.get("status", {})
+        init, main = (pod_status.get(key) or () for key in ("initContainerStatuses", "containerStatuses"))
+        for entry in (*init, *main):
             waiting = entry.get("state", {}).get("waiting") or {}
             if waiting.get("reason") in reasons:
                 return pod, entry["name"], waiting
@@ -121,7 +122,7 @@ def _waiting(case: Case, reasons: tuple[str, ...]) -> tuple[Json, str, Json] | N
 
 
 def _image_of(pod: Json, name: str) -> str:
-    """The image that a pod's container asks for; its status may name it otherwise."""
+    """The image that a pod's container requests; its status may use another name."""
     spec = pod["spec"]
     containers = (*spec.get("initContainers", ()), *spec["containers"])
     images: dict[str, str] = {c["name"]: c["image"] for c in containers}
@@ -129,14 +130,14 @@ def _image_of(pod: Json, name: str) -> str:
 
 
 def image(case: Case) -> Cause | None:
-    found = _waiting(case, IMAGE_REASONS)
-    if not found:
+    """Return the cause if a container cannot get its image."""
+    container = _waiting(case, IMAGE_REASONS)
+    if not container:
         return None
-    pod, name, waiting = found
-    # A pull that fails alternates between two reasons.
-    reason = (
-        "image" if "Pull" in waiting["reason"] and waiting["reason"] not in AT_ONCE else waiting["reason"]
-    )
+    pod, name, waiting = container
+    reason = waiting["reason"]
+    if "Pull" in reason and reason not in PERMANENT:
+        reason = "image"  # a pull that fails alternates between two reasons
     return Cause(
         reason,
         f"{name_of(pod)} cannot get its image {_image_of(pod, name)}",
@@ -146,15 +147,16 @@ def image(case: Case) -> Cause | None:
 
 
 def config(case: Case) -> Cause | None:
-    found = _waiting(case, CONFIG_REASONS)
-    if not found:
+    """Return the cause if a container cannot be created as configured."""
+    container = _waiting(case, CONFIG_REASONS)
+    if not container:
         return None
-    pod, _, waiting = found
+    pod, _, waiting = container
     return Cause(
         waiting["reason"],
         f"{name_of(pod)} cannot be configured",
         f"{waiting['reason']}: {waiting.get('message', '')}",
-        "make the Secret or ConfigMap that it names, or correct the pod template",
+        "create the Secret or ConfigMap that it names, or correct the pod template",
     )
 
 
@@ -178,7 +180,7 @@ def _sandbox(case: Case) -> Cause | None:
         "FailedCreatePodSandBox",
         "the node cannot set up the pod",
         f"{event['reason']}: {event.get('message', '')}",
-        "have the node's network and runtime class looked at",
+        "check the node's network and runtime class",
         transient=True,
     )
 
@@ -191,9 +193,9 @@ def _quota(case: Case) -> Cause | None:
     if "exceeded quota" in text:
         return Cause(
             "quota",
-            f"the namespace's quota leaves no room for this gang, which asks for {case.asked}",
+            f"the namespace's quota leaves no room for this gang, which requests {case.requested}",
             text,
-            "it starts when others have ended; ask for less, or for more quota",
+            "it starts when others have ended; request less, or a larger quota",
         )
     return Cause(
         "FailedCreate",
@@ -204,25 +206,25 @@ def _quota(case: Case) -> Cause | None:
 
 
 def _unscheduled(case: Case) -> tuple[Json, str] | None:
-    """The first pod that the scheduler cannot place, and its words."""
+    """The first pod that the scheduler cannot place, and the scheduler's message."""
     for pod in case.pods:
-        for c in pod.get("status", {}).get("conditions") or []:
-            is_placed = c["type"] != "PodScheduled" or c["status"] != "False"
-            if not is_placed and c.get("reason") in ("Unschedulable", "SchedulerError"):
-                return pod, c.get("message", "")
+        for condition in pod.get("status", {}).get("conditions") or []:
+            is_waiting = condition["type"] == "PodScheduled" and condition["status"] == "False"
+            if is_waiting and condition.get("reason") in ("Unschedulable", "SchedulerError"):
+                return pod, condition.get("message", "")
     return None
 
 
 def _claim(case: Case) -> Cause | None:
-    """A claim that is missing looks like a lack of nodes, but none that becomes free will help."""
+    """A missing claim: the scheduler reports it like a lack of nodes, but free nodes do not help."""
     pod, text = _unscheduled(case) or ({}, "")
     if not re.search(r'persistentvolumeclaim "[^"]*" |unbound .*PersistentVolumeClaims', text):
         return None
     return Cause(
         "claim",
-        f"a claim of {name_of(pod)} is not there, or has no volume",
+        f"a claim of {name_of(pod)} does not exist or has no volume",
         text,
-        "make the claim in the gang's namespace, or correct its name in the option volumes or the pod template",
+        "create the claim in the gang's namespace, or correct its name in the option volumes or the pod template",
     )
 
 
@@ -232,25 +234,25 @@ def _unschedulable(case: Case) -> Cause | None:
         return None
     return Cause(
         "unschedulable",
-        f"no node can take {name_of(pod)}; the gang asks for {case.asked}",
+        f"no node can take {name_of(pod)}; the gang requests {case.requested}",
         text,
-        "wait for nodes to become free, or ask for less",
+        "wait for nodes to become free, or request less",
     )
 
 
 def kueue(workload: Json) -> Cause | None:
-    """Return why Kueue does not admit a workload, None once it has."""
-    found = status.conditions(workload)
-    if "Admitted" in found:
+    """Return why Kueue does not admit a workload; None if it has admitted it."""
+    true = status.conditions(workload)
+    if "Admitted" in true:
         return None
     queue = workload.get("spec", {}).get("queueName", "?")
     advice = "it starts when others have ended"
-    if "Evicted" in found:
-        what = f"it was taken back into the queue {queue}, and will go on from its checkpoint"
-        return Cause("queue-again", what, found["Evicted"].get("message", ""), advice)
-    for c in workload.get("status", {}).get("conditions") or []:
-        if c["type"] == "QuotaReserved" and c["status"] == "False":
-            return Cause("queue", f"it waits in the queue {queue}", c.get("message", ""), advice)
+    if "Evicted" in true:
+        what = f"it was returned to the queue {queue} and will resume from its checkpoint"
+        return Cause("requeued", what, true["Evicted"].get("message", ""), advice)
+    for condition in workload.get("status", {}).get("conditions") or []:
+        if condition["type"] == "QuotaReserved" and condition["status"] == "False":
+            return Cause("queue", f"it waits in the queue {queue}", condition.get("message", ""), advice)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Threads for requests to the API, which may be slow or away: Snakemake's own must not wait for them."""
+"""Threads for requests to the API, which may be slow or absent: Snakemake's own thread must not wait."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ WORKERS = 8
 
 
 class Workers:
-    """Does what it is given, several things at a time. `failed` hears of exceptions, which are our bugs."""
+    """Runs tasks, several at a time. Unexpected exceptions, which are our bugs, go to `on_error`."""
 
-    def __init__(self, name: str, failed: Callable[[Exception], None]):
-        self._failed = failed
+    def __init__(self, name: str, on_error: Callable[[Exception], None]):
+        self._on_error = on_error
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopped = False
-        # Daemons: one that waits for an API server that is away must not keep Snakemake from ending.
+        # Daemons: a thread that waits for an absent API server must not keep Snakemake from exiting.
         names = [f"{name}-{n}" for n in range(WORKERS)]
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
     def put(self, task: Callable[[], None]) -> None:
+        """Queue a task."""
         self._queue.put(task)
 
     def _run(self) -> None:
@@ -31,10 +32,10 @@ class Workers:
             try:
                 task()
             except Exception as error:
-                self._failed(error)
+                self._on_error(error)
 
     def stop(self, limit_s: float) -> None:
-        """Drop what has not begun, and wait for what has."""
+        """Drop tasks that have not started, and wait for the others."""
         self.stopped = True
         while not self._queue.empty():
             self._drop()
@@ -43,11 +44,11 @@ class Workers:
     def _drop(self) -> None:
         try:
             self._queue.get_nowait()
-        except queue.Empty:  # a thread was quicker
+        except queue.Empty:  # a thread has taken it
             return
 
     def finish(self, limit_s: float) -> None:
-        """Wait until all is done, or the time is over."""
+        """Wait until all tasks are done, at most `limit_s` seconds."""
         for _ in self._threads:
             self._queue.put(None)
         until = time.monotonic() + limit_s

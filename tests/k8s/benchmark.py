@@ -217,9 +217,17 @@ def main() -> None:
 def workdir(name: str, jobs: int) -> harness.Workdir:
     place = harness.Workdir(name, SNAKEFILE.format(jobs=jobs))
     (place.path / "out").mkdir()
-    place.template.write_text(json.dumps({"spec": {
-        "nodeSelector": {"bench": "yes"}, "tolerations": [{"operator": "Exists"}], "containers": [{"name": "main"}],
-    }}))  # fmt: skip
+    place.template.write_text(
+        json.dumps(
+            {
+                "spec": {
+                    "nodeSelector": {"bench": "yes"},
+                    "tolerations": [{"operator": "Exists"}],
+                    "containers": [{"name": "main"}],
+                }
+            }
+        )
+    )
     place.give()
     return place
 
@@ -265,9 +273,13 @@ def sample(process, place: harness.Workdir, audit: Audit) -> list[Sample]:
             break
         events, done = audit.events(), place.said().count("Finished jobid")
         now = Sample(
-            time.monotonic() - begun, len(submissions(events)), done, memory_mb(process.pid), cpu_s(process.pid),
+            time.monotonic() - begun,
+            len(submissions(events)),
+            done,
+            memory_mb(process.pid),
+            cpu_s(process.pid),
             (len(events) - last) / EVERY_S,
-        )  # fmt: skip
+        )
         last = len(events)
         samples.append(now)
         print(

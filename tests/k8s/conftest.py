@@ -12,7 +12,11 @@ ORDER = ("gangs", "life", "failures", "outages", "pipeline", "backends", "base")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    ours = [
+        item for item in items if item.path.parent.name == "k8s" and item.path.parent.parent.name == "tests"
+    ]
+    order = sorted(ours, key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    items[:] = [item for item in items if item not in ours] + order
 
 
 @pytest.fixture(scope="session", autouse=True)

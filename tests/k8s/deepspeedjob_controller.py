@@ -115,9 +115,17 @@ class Controller(threading.Thread):
         status = {"phase": phase, "conditions": entries}
         patch = {"status": status}
         harness.kubectl(
-            "patch", "deepspeedjob", job["metadata"]["name"], "-n", harness.NAMESPACE, "--subresource=status",
-            "--type=merge", "-p", harness.json.dumps(patch), check=False,
-        )  # fmt: skip
+            "patch",
+            "deepspeedjob",
+            job["metadata"]["name"],
+            "-n",
+            harness.NAMESPACE,
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            harness.json.dumps(patch),
+            check=False,
+        )
 
 
 def worker(job: dict, index: int) -> dict:
@@ -135,10 +143,16 @@ def worker(job: dict, index: int) -> dict:
         f"echo {hostfile} | base64 -d > /t9k/hostfile; set -- {program}\n{SLOTS}",
     ]
     names = " ".join(entry["name"] for entry in container.get("env", []))
-    container["env"] = [*container.get("env", []), *({"name": k, "value": str(v)} for k, v in {
-        "NAMES": names, "SLOTS": slots, "INDEX": index, "REPLICAS": replicas, "MASTER_PORT": 29500,
+    variables = {
+        "NAMES": names,
+        "SLOTS": slots,
+        "INDEX": index,
+        "REPLICAS": replicas,
+        "MASTER_PORT": 29500,
         "MASTER_ADDR": f"{name}-worker-0.{name}",
-    }.items())]  # fmt: skip
+    }
+    ours = [{"name": key, "value": str(value)} for key, value in variables.items()]
+    container["env"] = [*container.get("env", []), *ours]
     container.setdefault("volumeMounts", []).append({"name": "hostfile", "mountPath": "/t9k"})
     spec.setdefault("volumes", []).append({"name": "hostfile", "emptyDir": {}})
     spec["securityContext"] = {**spec.get("securityContext", {}), "runAsUser": 0}

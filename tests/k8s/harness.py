@@ -240,28 +240,54 @@ class Workdir:
     def environment(self) -> dict[str, str]:
         keep = {k: v for k, v in os.environ.items() if k in ("LANG", "CLUSTER_DIR", "K8S_TEST_CLUSTER")}
         return {
-            **keep, "PATH": f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(self.path),
-            "USER": "trainer", "PYTHONPATH": f"{REPO}/k8s:{REPO}/scripts", "PYTHONDONTWRITEBYTECODE": "1",
-            "KUBECONFIG": str(self.path / "kubeconfig"), "XDG_CACHE_HOME": str(self.path / ".cache"),
-        }  # fmt: skip
+            **keep,
+            "PATH": f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(self.path),
+            "USER": "trainer",
+            "PYTHONPATH": f"{REPO}/k8s:{REPO}/scripts",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "KUBECONFIG": str(self.path / "kubeconfig"),
+            "XDG_CACHE_HOME": str(self.path / ".cache"),
+        }
 
     def command(self, *arguments: str) -> list[str]:
         options = [
-            "--executor", "kubernetes-gang", "--kubernetes-gang-image", IMAGE,
-            "--kubernetes-gang-volumes", f"{CLAIM}:{volume()}", "--kubernetes-gang-pod-template", str(self.template),
-            "--jobs", "20", "--seconds-between-status-checks", "1", "--rerun-incomplete", "--latency-wait", "10",
-            "--workflow-profile", "none", "--default-resources", "cpu='100m'", "--nocolor",
-        ]  # fmt: skip
+            "--executor",
+            "kubernetes-gang",
+            "--kubernetes-gang-image",
+            IMAGE,
+            "--kubernetes-gang-volumes",
+            f"{CLAIM}:{volume()}",
+            "--kubernetes-gang-pod-template",
+            str(self.template),
+            "--jobs",
+            "20",
+            "--seconds-between-status-checks",
+            "1",
+            "--rerun-incomplete",
+            "--latency-wait",
+            "10",
+            "--workflow-profile",
+            "none",
+            "--default-resources",
+            "cpu='100m'",
+            "--nocolor",
+        ]
         return [*as_owner(), sys.executable, "-m", "snakemake", *options, *arguments]
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """Start Snakemake; what it prints goes to `log`, anew each time."""
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self.command(*arguments), cwd=self.cwd, env={**self.environment(), **environment},
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                self.command(*arguments),
+                cwd=self.cwd,
+                env={**self.environment(), **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 preexec_fn=heed_signals,
-            )  # fmt: skip
+            )
 
     def run(self, *arguments: str, limit_s: float = 180, **environment: str) -> tuple[int, str]:
         """Run Snakemake to its end; return its exit code and what it printed."""
@@ -277,7 +303,7 @@ class Workdir:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def place(self) -> str:
-        return spec.place_of(str(self.path), [spec.Volume(CLAIM, str(volume()))])
+        return spec.workdir_identity(str(self.path), [spec.Volume(CLAIM, str(volume()))])
 
     def objects(self, kind: str) -> list[dict]:
         """The objects of this directory's gangs."""

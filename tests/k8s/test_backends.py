@@ -32,9 +32,11 @@ rule gang:
 POD = [{"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]
 BACKENDS = ("job", "jobset", "trainjob", "deepspeedjob")
 CRDS = (
-    "jobsets.jobset.x-k8s.io", "trainjobs.trainer.kubeflow.org", "clusterqueues.kueue.x-k8s.io",
+    "jobsets.jobset.x-k8s.io",
+    "trainjobs.trainer.kubeflow.org",
+    "clusterqueues.kueue.x-k8s.io",
     "deepspeedjobs.batch.tensorstack.dev",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,7 +151,7 @@ def test_another_backend_ends_the_gang_of_the_first(workdir, controllers):
     (place.path / "Snakefile").write_text(text.replace("sleep 60", "sleep 1"))
     code, said = place.run("--kubernetes-gang-backend", "job")
     assert code == 0, said
-    assert "is replaced: it is a JobSet, made with another backend" in said
+    assert "is replaced: it is a JobSet, created with another backend" in said
     assert not place.objects("jobsets")
 
 
@@ -169,9 +171,14 @@ def test_a_second_gang_waits_in_kueues_queue(workdir, backend):
     second = text.replace("rule gang", "rule other").replace('"out"', '"out2"').replace("gang", "other")
     place = workdir('rule all:\n    input: "out", "out2"\n' + text + second, name=f"kueue-{backend}")
     code, said = place.run(
-        "--kubernetes-gang-backend", backend, "--kubernetes-gang-queue-system", "kueue", "--set-resources",
-        "gang:queue=training", "other:queue=training",
-    )  # fmt: skip
+        "--kubernetes-gang-backend",
+        backend,
+        "--kubernetes-gang-queue-system",
+        "kueue",
+        "--set-resources",
+        "gang:queue=training",
+        "other:queue=training",
+    )
     assert code == 0, said
     assert "it waits in the queue training" in said
     assert "insufficient" in said
@@ -186,7 +193,12 @@ def test_a_gang_that_kueue_takes_back_waits_and_goes_on_by_itself(workdir, backe
     """A more important gang gets its place; no retry is spent on it."""
     queue(gpus=2)
     for name, value in (("low", 1), ("high", 1000)):
-        body = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}  # fmt: skip
+        body = {
+            "apiVersion": "kueue.x-k8s.io/v1beta1",
+            "kind": "WorkloadPriorityClass",
+            "metadata": {"name": name},
+            "value": value,
+        }
         harness.kubectl("apply", "-f", "-", given=body)
     text = counting(12, nodes=2).replace("nodes=2", "nodes=2, gpus=1, queue='training', priority='low'")
     options = ("--kubernetes-gang-backend", backend, "--kubernetes-gang-queue-system", "kueue")
@@ -197,7 +209,7 @@ def test_a_gang_that_kueue_takes_back_waits_and_goes_on_by_itself(workdir, backe
     code, said = high.run(*options)
     assert code == 0, said
     assert first.wait(120) == 0, low.said()
-    assert "it was taken back into the queue training" in low.said()
+    assert "it was returned to the queue training" in low.said()
     assert "reempted to accommodate a workload" in low.said()
     assert low.said().count(" step 2\n") == 1, "it went on from its checkpoint"
     assert runs(low) == 2

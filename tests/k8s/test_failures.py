@@ -22,9 +22,8 @@ FAILING = {
         f"""python -c 'if 1:
             import sys, types, torch
             sys.path.insert(0, "{harness.REPO}/scripts")
-            from rlhf import engine
-            engine._loss_scale = lambda engine: 1.0
-            engine.optimise(types.SimpleNamespace(global_steps=3, fp16_enabled=lambda: False), [torch.tensor(float("nan"))])'""",
+            from rlhf.training import engine
+            engine.backward(types.SimpleNamespace(global_steps=3, fp16_enabled=lambda: False), torch.tensor(float("nan")))'""",
     ),
     "peer": (
         "resources: nodes=2, mem_mb=1000",
@@ -51,7 +50,7 @@ FAILING = {
     ),
     "half": ("resources: nodes=3, cpu='1100m'", "sleep 100"),
     "killed": ("", "sleep 100 & kill -9 $!; wait $!"),
-}  # fmt: skip
+}
 
 
 def snakefile(names) -> str:
@@ -74,33 +73,67 @@ def said():
     gpus = [node["status"]["capacity"].get("nvidia.com/gpu") for node in harness.get("nodes")]
     if gpus != ["8", "8"]:
         pytest.skip(f"preemption and half a gang want two nodes with 8 GPUs each; here they have {gpus}")
-    harness.kubectl("apply", "-f", "-", given={
-        "apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "missing"}, "handler": "missing",
-    })  # fmt: skip
+    harness.kubectl(
+        "apply",
+        "-f",
+        "-",
+        given={
+            "apiVersion": "node.k8s.io/v1",
+            "kind": "RuntimeClass",
+            "metadata": {"name": "missing"},
+            "handler": "missing",
+        },
+    )
     for name, value in (("counted", 1), ("urgent", 1000)):
-        harness.kubectl("apply", "-f", "-", given={
-            "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": value,
-        })  # fmt: skip
+        harness.kubectl(
+            "apply",
+            "-f",
+            "-",
+            given={
+                "apiVersion": "scheduling.k8s.io/v1",
+                "kind": "PriorityClass",
+                "metadata": {"name": name},
+                "value": value,
+            },
+        )
     scope = {"matchExpressions": [{"scopeName": "PriorityClass", "operator": "In", "values": ["counted"]}]}
-    harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given={
-        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
-        "spec": {"hard": {"pods": "0"}, "scopeSelector": scope},
-    })  # fmt: skip
+    harness.kubectl(
+        "apply",
+        "-n",
+        harness.NAMESPACE,
+        "-f",
+        "-",
+        given={
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": {"name": "none"},
+            "spec": {"hard": {"pods": "0"}, "scopeSelector": scope},
+        },
+    )
     limited = {"resources": {"limits": {"ephemeral-storage": "20M"}}}
     many = harness.Workdir("failures", snakefile(FAILING), **limited)
     one = 'rule one:\n    output: "one.txt"\n    shell: "sleep 100"\n'
     places = {
         "many": many,
-        "secret": harness.Workdir("no-secret", one, env=[{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}]),
+        "secret": harness.Workdir(
+            "no-secret",
+            one,
+            env=[{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}],
+        ),
         "mount": harness.Workdir("no-mount", one),
         "sandbox": harness.Workdir("no-sandbox", one),
         "volume": harness.Workdir("other-volume", one),
         "account": harness.Workdir("no-account", one),
         "quota": harness.Workdir("quota", one),
         "claim": harness.Workdir("no-claim", one),
-        "preempted": harness.Workdir("preempted", one.replace("    shell", "    resources: gpus=8\n    shell")),
-        "urgent": harness.Workdir("urgent", one.replace("    shell", "    resources: gpus=8, runtime=1\n    shell").replace("100", "1")),
-    }  # fmt: skip
+        "preempted": harness.Workdir(
+            "preempted", one.replace("    shell", "    resources: gpus=8\n    shell")
+        ),
+        "urgent": harness.Workdir(
+            "urgent",
+            one.replace("    shell", "    resources: gpus=8, runtime=1\n    shell").replace("100", "1"),
+        ),
+    }
     _edit(places["mount"], volumes=[{"name": "x", "configMap": {"name": "absent"}}])
     absent = {"name": "x", "persistentVolumeClaim": {"claimName": "absent"}}
     _edit(places["claim"], volumes=[absent])
@@ -170,47 +203,47 @@ def _act(many, places) -> None:
     harness.kubectl("create", "--raw", path, "-f", "-", given=body)
 
 
-ASKED = r"1 x \(0 GPUs, 100m CPUs, 1000 MB\)"
+REQUESTED = r"1 x \(0 GPUs, 100m CPUs, 1000 MB\)"
 ONCE = r" It is not tried again \(attempt 1 of 1\)\."
 NOBODYS = ONCE + r" Start Snakemake again, or raise retries\."
 # What happened, the evidence, what to do, whether it is tried again.
 SENTENCES = {
-    "code": r"pod code-\S+ ended with exit code 3 \(ValueError: too few rows\): its log says more\. It is tried again \(attempt 2 of 2\)\.",
+    "code": r"pod code-\S+ ended with exit code 3 \(ValueError: too few rows\): see its log\. It is tried again \(attempt 2 of 2\)\.",
     "memory": r"pod memory-\S+ was killed because it used more memory than its limit of 60M \(OOMKilled, exit code 137\): raise mem_mb, or lower what the rule keeps in memory\." + ONCE,
-    "deadline": r"the gang ran longer than its resource runtime allows \(.*deadline.*\): raise runtime; a training goes on from its last checkpoint\." + ONCE,
-    "nan": r"training gave a number that is not finite in pod nan-\S+, exit code 1 \(rlhf\.errors\.DivergenceError: the loss is nan at step 3: the training stops here; [^)]+\): lower the learning rate, or train in bf16 or fp32\." + ONCE,
-    "peer": r"processes waited in vain for each other in pod peer-\S+, .* \(.+\): look for the rank that stopped first, and at the network between nodes \(NCCL_DEBUG=INFO\)\." + ONCE,
+    "deadline": r"the gang ran longer than its resource runtime allows \(.*deadline.*\): raise runtime; a training resumes from its last checkpoint\." + ONCE,
+    "nan": r"training produced a number that is not finite in pod nan-\S+, exit code 1 \(rlhf\.errors\.DivergenceError: the loss is nan at step 3: the training stops here; [^)]+\): lower the learning rate, or train in bf16 or fp32\." + ONCE,
+    "peer": r"processes timed out while waiting for each other in pod peer-\S+, .* \(.+\): find the rank that stopped first, and check the network between nodes \(NCCL_DEBUG=INFO\)\." + ONCE,
     "image": r"pod image-\S+ cannot get its image registry\.invalid/none:1 \((ErrImagePull|ImagePullBackOff): .+\): check the name, the registry and imagePullSecrets\." + ONCE,
     "name": r"pod name-\S+ cannot get its image \S+ \(InvalidImageName: .+\): check the name, the registry and imagePullSecrets\." + ONCE,
-    "unschedulable": r"no node can take pod unschedulable-\S+; the gang asks for 1 x \(99 GPUs, 100m CPUs, 1000 MB\) \(0/2 nodes are available: .*2 Insufficient nvidia\.com/gpu.*\): wait for nodes to become free, or ask for less\.",
-    "deleted": r"pod deleted-\S+ was deleted while it ran: ask who did; nothing in the rule is wrong\." + NOBODYS,
+    "unschedulable": r"no node can take pod unschedulable-\S+; the gang requests 1 x \(99 GPUs, 100m CPUs, 1000 MB\) \(0/2 nodes are available: .*2 Insufficient nvidia\.com/gpu.*\): wait for nodes to become free, or request less\.",
+    "deleted": r"pod deleted-\S+ was deleted while it ran: ask who deleted it; nothing in the rule is wrong\." + NOBODYS,
     "drained": r"pod drained-\S+ was evicted, as when a node is drained \(.*[Ee]vict.*\): nothing in the rule is wrong\." + NOBODYS,
-    "disk": r"pod disk-\S+ was evicted by its node \(.*ephemeral.*20M.*\): the node ran short, or the pod used more than it asked for: look at which\." + NOBODYS,
-    "rank": r"pod rank-\S+-1-\S+ ended with exit code 5 \(last words of rank 1\): its log says more\." + ONCE,
-    "half": r"only 2 of 3 pods started within 2\d s \(no node can take pod half-\S+; the gang asks for 3 x \(0 GPUs, 1100m CPUs, 1000 MB\) \(0/2 nodes are available: 2 Insufficient cpu.*\): a queue starts all or none\." + NOBODYS,
-    "killed": r"pod killed-\S+ ended with exit code 137 \(SIGKILL\)(?! \(OOM).*: its log says more\." + ONCE,
+    "disk": r"pod disk-\S+ was evicted by its node \(.*ephemeral.*20M.*\): check whether the node ran short, or the pod used more than it requested\." + NOBODYS,
+    "rank": r"pod rank-\S+-1-\S+ ended with exit code 5 \(last words of rank 1\): see its log\." + ONCE,
+    "half": r"only 2 of 3 pods started within 2\d s \(no node can take pod half-\S+; the gang requests 3 x \(0 GPUs, 1100m CPUs, 1000 MB\) \(0/2 nodes are available: 2 Insufficient cpu.*\): use a queue, which starts all pods or none\." + NOBODYS,
+    "killed": r"pod killed-\S+ ended with exit code 137 \(SIGKILL\)(?! \(OOM).*: see its log\." + ONCE,
 }  # fmt: skip
 
 
 ELSEWHERE = {
-    "secret": r'pod one-\S+ cannot be configured \(CreateContainerConfigError: secret "absent" not found\): make the Secret or ConfigMap that it names, or correct the pod template\.' + ONCE,
+    "secret": r'pod one-\S+ cannot be configured \(CreateContainerConfigError: secret "absent" not found\): create the Secret or ConfigMap that it names, or correct the pod template\.' + ONCE,
     "mount": r'a volume cannot be mounted \(FailedMount: MountVolume.SetUp failed for volume "x" : configmap "absent" not found\): check the claim, the Secret or the path that it names\.' + ONCE,
-    "sandbox": r"the node cannot set up the pod \(FailedCreatePodSandBox.+\): have the node's network and runtime class looked at\." + NOBODYS,
+    "sandbox": r"the node cannot set up the pod \(FailedCreatePodSandBox.+\): check the node's network and runtime class\." + NOBODYS,
     "account": r"the cluster refuses this gang's pods \(Error creating: pods \"one-.+\): correct the pod template, or ask the cluster's administrator\." + ONCE,
-    "volume": r"pod one-\S+ ended before its command did \(kubernetes-gang: this pod does not see the controller's working directory: .+\): mount what the controller uses, at the same path\." + ONCE,
-    "claim": r'a claim of pod one-\S+ is not there, or has no volume \(0/2 nodes are available: persistentvolumeclaim "absent" not found.*\): make the claim in the gang\'s namespace, or correct its name in the option volumes or the pod template\.' + ONCE,
-    "quota": r"the namespace's quota leaves no room for this gang, which asks for " + ASKED + r" \(.*exceeded quota: none.*\): it starts when others have ended; ask for less, or for more quota\.",
+    "volume": r"pod one-\S+ stopped before its command was done \(kubernetes-gang: this pod does not see the controller's working directory: .+\): mount the controller's volume at the same path\." + ONCE,
+    "claim": r'a claim of pod one-\S+ does not exist or has no volume \(0/2 nodes are available: persistentvolumeclaim "absent" not found.*\): create the claim in the gang\'s namespace, or correct its name in the option volumes or the pod template\.' + ONCE,
+    "quota": r"the namespace's quota leaves no room for this gang, which requests " + REQUESTED + r" \(.*exceeded quota: none.*\): it starts when others have ended; request less, or a larger quota\.",
     "preempted": r"pod one-\S+ was preempted by pods of a higher priority \(.*preempting.*\): raise the priority, or use a queue with a quota of its own\." + NOBODYS,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-def test_a_failure_is_told_in_a_sentence(said, name):
+def test_a_failure_is_reported_in_a_sentence(said, name):
     assert re.search(SENTENCES[name], said["many"]), said["many"]
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_a_pod_that_cannot_live_here_is_told_in_a_sentence(said, name):
+def test_a_pod_that_cannot_run_here_is_reported_in_a_sentence(said, name):
     assert re.search(ELSEWHERE[name], said[name]), said[name]
 
 

@@ -87,15 +87,17 @@ def test_declared_variables_need_a_secret(workdir):
     place = workdir('envvars: "GREETING"\nrule one:\n    output: "one.txt"\n    shell: "true"\n')
     code, said = place.run(GREETING="x")
     assert code != 0
-    assert "their values do not go into manifests" in said
+    assert "their values are not written into manifests" in said
 
 
 def test_snakemakes_own_suite_for_executors(workdir):
     place = workdir("")
     environment = {
-        **place.environment(), "SUITE_IMAGE": IMAGE, "SUITE_VOLUME": f"{CLAIM}:{harness.volume()}",
+        **place.environment(),
+        "SUITE_IMAGE": IMAGE,
+        "SUITE_VOLUME": f"{CLAIM}:{harness.volume()}",
         "SUITE_TEMPLATE": str(place.template),
-    }  # fmt: skip
+    }
     place.write("test_suite.py", Path(__file__).with_name("snakemake_suite.py").read_text())
     options = ["-p", "no:cacheprovider", "-p", "no:randomly", f"--basetemp={place.path}/suite", "-q"]
     command = [*harness.as_owner(), sys.executable, "-m", "pytest", *options, "test_suite.py"]

@@ -102,14 +102,19 @@ def killed():
 
 ATTACHED, ADOPTED, RECORDED = (
     "re-attached to the running gang",
-    "adopted, it ended in between",
+    "adopted, it has already ended",
     "Nothing to be done",
 )
 # What the second controller finds. Before the Job is made there is nothing, and a moment later there may be.
 FOUND = {
-    "job-created": (ATTACHED,), "pods-created": (ATTACHED,), "running": (ATTACHED,), "half-way": (ADOPTED,),
-    "output-there": (ATTACHED, ADOPTED), "ended": (ADOPTED, RECORDED), "deleting": (ADOPTED, RECORDED),
-}  # fmt: skip
+    "job-created": (ATTACHED,),
+    "pods-created": (ATTACHED,),
+    "running": (ATTACHED,),
+    "half-way": (ADOPTED,),
+    "output-there": (ATTACHED, ADOPTED),
+    "ended": (ADOPTED, RECORDED),
+    "deleting": (ADOPTED, RECORDED),
+}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -241,9 +246,15 @@ def test_a_terminal_that_goes_away_leaves_the_gang_and_it_is_taken_up_again(work
     place = workdir(counting(12))
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=take_terminal,
-    )  # fmt: skip
+        place.command(),
+        cwd=place.path,
+        env=place.environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
     os.close(terminal)
     wait_until("it runs", lambda: _read(controller) and runs(place))
     os.close(controller)
@@ -269,9 +280,15 @@ def test_ctrl_c_at_a_terminal_asks(workdir):
     place = workdir(counting(60))
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        place.command(), cwd=place.path, env=place.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=harness.heed_signals,
-    )  # fmt: skip
+        place.command(),
+        cwd=place.path,
+        env=place.environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=harness.heed_signals,
+    )
     os.close(terminal)
     wait_until("it runs", lambda: _read(controller) and runs(place))
     os.kill(process.pid, signal.SIGINT)
@@ -318,10 +335,11 @@ def test_gc_removes_what_nobody_waits_for_and_nothing_else(workdir):
     wait_until("the other runs", lambda: runs(running))
     wait_until("it ends alone", lambda: ended(place))
     service = {
-        "apiVersion": "v1", "kind": "Service",
+        "apiVersion": "v1",
+        "kind": "Service",
         "metadata": {"name": "left", "labels": {"app.kubernetes.io/managed-by": "kubernetes-gang"}},
         "spec": {"clusterIP": "None", "selector": {"x": "y"}},
-    }  # fmt: skip
+    }
     harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=service)
     command = [sys.executable, "-m", "snakemake_executor_plugin_kubernetes_gang", "gc", "--hours", "0"]
     environment = place.environment()  # with the rights of k8s/base, no administrator's

@@ -139,7 +139,7 @@ def driver(place: Pipeline, profile) -> dict:
         "PYTHONPATH": dockerfile.environment()["PYTHONPATH"].replace("/opt/rlhf", str(harness.REPO)),
         "SNAKEMAKE_PROFILE": str(profile),
         "SNAKEMAKE_KUBERNETES_GANG_IMAGE": harness.IMAGE,
-    }  # fmt: skip
+    }
     mine_env = [*mine["containers"][0]["env"], *({"name": k, "value": v} for k, v in values.items())]
     container["env"] = [e for e in container["env"] if e["name"] not in values] + mine_env
     spec["volumes"] += mine["volumes"]

@@ -1,4 +1,4 @@
-"""`make test-k8s` where there is no cluster to be had: skipped with a reason, an error where it has to run."""
+"""`make test-k8s` without a cluster: skipped with a reason, or an error if it is required."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 @pytest.mark.parametrize(("required", "fails"), [("", False), ("1", True)])
-def test_a_machine_without_a_cluster_says_why(tmp_path, required, fails):
+def test_a_machine_without_a_cluster_reports_why(tmp_path, required, fails):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("K8S_") and k != "MAKEFLAGS"}
     environment |= {"K8S_TEST_CLUSTER": str(tmp_path), "K8S_REQUIRED": required}
     environment["PYTHONPATH"] = f"{REPO}/scripts:{REPO}/k8s"

@@ -1,4 +1,4 @@
-"""The training image: its Dockerfile is linted, and says what it may not say. The conda environment."""
+"""The training image, whose Dockerfile is linted, and the conda environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import dockerfile
 import yaml
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 DOCKERFILE = (REPO / "envs" / "Dockerfile").read_text()
 
 
@@ -29,7 +29,7 @@ def test_the_training_image_is_not_root_and_has_no_sshd():
 
 
 def test_snakemake_finds_the_executor_in_the_image():
-    """tests/image asks the image's own Snakemake."""
+    """tests/image checks it with the image's own Snakemake."""
     folders = [Path(path) for path in dockerfile.environment()["PYTHONPATH"].split(":")]
     inside = [REPO / folder.relative_to("/opt/rlhf") for folder in folders]
     assert any(
@@ -38,12 +38,12 @@ def test_snakemake_finds_the_executor_in_the_image():
     assert any((folder / "rlhf/__init__.py").exists() for folder in inside)
 
 
-def test_no_secret_can_get_into_a_layer():
+def test_layers_contain_no_secret():
     assert not re.search(r"(?i)(token|password|secret)", DOCKERFILE)
     assert ".git" in (REPO / ".dockerignore").read_text().split()
 
 
-def test_the_conda_environment_is_what_the_project_asks_for_as_locked():
+def test_the_conda_environment_has_the_locked_dependencies_of_the_project():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((REPO / "envs/training.yaml").read_text())
     lines = environment["dependencies"][-1]["pip"]

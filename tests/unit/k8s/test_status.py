@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from snakemake_executor_plugin_kubernetes_gang import status
+from snakemake_executor_plugin_kubernetes_gang.objects import INDEX_LABEL
 
 
 def gang(kind, *conditions, **fields):
@@ -11,7 +12,7 @@ def gang(kind, *conditions, **fields):
 
 
 def pod(rank, phase="Running", created="1", **metadata):
-    labels = {status.INDEX_LABEL: str(rank)}
+    labels = {INDEX_LABEL: str(rank)}
     return {
         "metadata": {"name": f"x-{rank}", "labels": labels, "creationTimestamp": created, **metadata},
         "status": {"phase": phase},
@@ -19,7 +20,7 @@ def pod(rank, phase="Running", created="1", **metadata):
 
 
 @pytest.mark.parametrize(
-    ("thing", "phase"),
+    ("obj", "phase"),
     [
         (gang("Job", "Complete", "SuccessCriteriaMet"), "succeeded"),
         (gang("Job", "Failed"), "failed"),
@@ -37,21 +38,21 @@ def pod(rank, phase="Running", created="1", **metadata):
         ({"kind": "Job", "metadata": {}}, "pending"),
     ],
 )
-def test_phases(thing, phase):
-    assert status.read(thing, [], 2).phase == phase
+def test_phases(obj, phase):
+    assert status.read(obj, [], 2).phase == phase
 
 
 def test_a_gang_runs_when_all_its_pods_do():
-    thing = gang("Job")
-    assert status.read(thing, [pod(0), pod(1, "Pending")], 2).phase == "starting"
-    assert status.read(thing, [pod(0), pod(1)], 2).phase == "running"
-    assert status.read(thing, [pod(0), pod(1, "Succeeded")], 2).phase == "running"
-    assert status.read(thing, [pod(0), pod(1, deletionTimestamp="t")], 2).phase == "starting"
+    obj = gang("Job")
+    assert status.read(obj, [pod(0), pod(1, "Pending")], 2).phase == "starting"
+    assert status.read(obj, [pod(0), pod(1)], 2).phase == "running"
+    assert status.read(obj, [pod(0), pod(1, "Succeeded")], 2).phase == "running"
+    assert status.read(obj, [pod(0), pod(1, deletionTimestamp="t")], 2).phase == "starting"
 
 
-def test_a_gang_that_a_queue_takes_back_is_queued_though_its_pods_still_end():
-    thing = {**gang("Job"), "spec": {"suspend": True}}
-    assert status.read(thing, [pod(0, deletionTimestamp="t"), pod(1)], 2).phase == "queued"
+def test_a_requeued_gang_is_queued_although_its_pods_still_end():
+    obj = {**gang("Job"), "spec": {"suspend": True}}
+    assert status.read(obj, [pod(0, deletionTimestamp="t"), pod(1)], 2).phase == "queued"
 
 
 def test_the_newest_pod_of_a_rank_counts():
@@ -62,16 +63,16 @@ def test_the_newest_pod_of_a_rank_counts():
     assert [p["status"]["phase"] for p in status.newest_by_rank(pods)] == ["Running"]
 
 
-def test_a_deepspeedjobs_rank_stands_in_its_name():
+def test_the_rank_of_a_deepspeedjobs_pod_is_in_its_name():
     assert status.rank({"metadata": {"name": "sft-0123-worker-12"}}) == 12
 
 
-def test_a_deepspeedjob_whose_first_worker_ended_well_beside_a_failed_one_has_failed():
-    thing = gang("DeepSpeedJob", "Completed", phase="Succeeded")
+def test_a_deepspeedjob_has_failed_if_any_worker_has_although_the_first_succeeded():
+    obj = gang("DeepSpeedJob", "Completed", phase="Succeeded")
     beside = {"Failed": "failed", "Running": "succeeded", "Succeeded": "succeeded"}
-    assert {p: status.read(thing, [pod(0, "Succeeded"), pod(1, p)], 2).phase for p in beside} == beside
-    taken_away = pod(1, "Failed", deletionTimestamp="t")  # a worker that waited is ended with the job
-    assert status.read(thing, [pod(0, "Succeeded"), taken_away], 2).phase == "succeeded"
+    assert {p: status.read(obj, [pod(0, "Succeeded"), pod(1, p)], 2).phase for p in beside} == beside
+    deleted = pod(1, "Failed", deletionTimestamp="t")  # a worker that waited is ended with the job
+    assert status.read(obj, [pod(0, "Succeeded"), deleted], 2).phase == "succeeded"
 
 
 def test_times():

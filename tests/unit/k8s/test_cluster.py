@@ -1,4 +1,4 @@
-"""The API client and the mirror against faults that a healthy server does not produce on demand."""
+"""The API client and the mirror under faults that a healthy server does not produce on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snakemake_executor_plugin_kubernetes_gang.mirror import Mirror
 
 
 class Server(ThreadingHTTPServer):
-    """Gives the answers of `script`, one per request: (status, headers, body); "drop" closes the connection."""
+    """Sends the responses of `script`, one per request: (status, headers, body); "drop" closes the connection."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,10 +52,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    found = Server()
-    yield found
-    found.shutdown()
-    found.server_close()
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def cluster(server, tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(path))
     write_token(path, server, "first")
     said = []
-    made = Cluster(None, None, said.append)
-    made.said, made.path_of_config = said, path
-    return made
+    cluster = Cluster(None, None, said.append)
+    cluster.said, cluster.path_of_config = said, path
+    return cluster
 
 
 def write_token(path, server, token):
@@ -92,7 +92,7 @@ def error(status, reason="", message="no", **headers):
     return (status, headers, {"kind": "Status", "reason": reason, "message": message, "code": status})
 
 
-def test_a_full_server_is_asked_again_when_it_says(server, cluster):
+def test_an_overloaded_server_is_retried_after_the_time_that_it_names(server, cluster):
     server.script[:] = [error(429, **{"Retry-After": "1"}), OK]
     begun = time.monotonic()
     assert cluster.get("Job", "x") == OK[2]
@@ -100,12 +100,12 @@ def test_a_full_server_is_asked_again_when_it_says(server, cluster):
 
 
 @pytest.mark.parametrize("fault", [error(500), error(503), error(504), "drop"])
-def test_faults_that_pass_are_outlasted(server, cluster, fault):
+def test_temporary_faults_are_retried(server, cluster, fault):
     server.script[:] = [fault, fault, OK]
     assert cluster.get("Job", "x") == OK[2]
 
 
-def test_an_absence_is_said_once_and_its_end(server, cluster):
+def test_the_beginning_and_the_end_of_an_outage_are_reported_once(server, cluster):
     server.script[:] = ["drop", "drop", "drop", OK]
     cluster.get("Job", "x")
     assert len(cluster.said) == 2
@@ -120,7 +120,7 @@ def test_an_expired_token_is_read_again(server, cluster):
     assert [token for _, _, token in server.seen] == ["Bearer first", "Bearer second"]
 
 
-def test_tokens_do_not_get_into_messages(server, cluster):
+def test_messages_do_not_contain_tokens(server, cluster):
     server.script[:] = [error(403, "Forbidden", "violates PodSecurity")]
     with pytest.raises(ApiError) as caught:
         cluster.get("Job", "x")
@@ -128,7 +128,7 @@ def test_tokens_do_not_get_into_messages(server, cluster):
     assert caught.value.status == 403
 
 
-def test_an_api_server_that_does_not_know_its_roles_yet_is_asked_again(server, cluster):
+def test_an_api_server_that_does_not_know_its_roles_yet_is_retried(server, cluster):
     server.script[:] = [
         error(403, "Forbidden", 'jobs.batch is forbidden: User "x" cannot create resource "jobs"'),
         OK,
@@ -136,27 +136,27 @@ def test_an_api_server_that_does_not_know_its_roles_yet_is_asked_again(server, c
     assert cluster.create({"kind": "Job", "metadata": {"name": "x"}}) == OK[2]
 
 
-def test_what_admission_refuses_is_not_asked_again(server, cluster):
+def test_a_refusal_by_admission_is_not_retried(server, cluster):
     server.script[:] = [error(403, "Forbidden", "exceeded quota: few"), OK]
     with pytest.raises(ApiError, match="exceeded quota"):
         cluster.create({"kind": "Job", "metadata": {"name": "x"}})
 
 
-def test_what_waiting_does_not_change_is_not_waited_for(server, cluster):
+def test_a_permanent_error_is_not_retried(server, cluster):
     server.script[:] = [error(422, "Invalid", "spec.x: no")]
     with pytest.raises(ApiError, match=r"spec\.x"):
         cluster.create({"kind": "Job", "metadata": {"name": "x"}})
     assert len(server.seen) == 1
 
 
-def test_deletion_names_the_very_object_and_gone_is_fine(server, cluster):
+def test_deleting_an_object_that_is_gone_or_replaced_is_no_error(server, cluster):
     server.script[:] = [error(404), error(409)]
     for _ in range(2):
         cluster.delete({"kind": "Job", "metadata": {"name": "x", "uid": "u"}})
     assert [verb for verb, _, _ in server.seen] == ["DELETE", "DELETE"]
 
 
-def test_one_try_does_not_wait(server, cluster):
+def test_a_single_try_does_not_wait(server, cluster):
     server.script[:] = ["drop"]
     with pytest.raises(Unreachable):
         cluster.once("GET", "/x")
@@ -178,18 +178,16 @@ def change(kind, uid, version):
     }
 
 
-def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
-    gone = {
-        "type": "ERROR",
-        "object": {"code": 410, "reason": "Expired", "message": "too old resource version"},
-    }
+def test_a_mirror_lists_again_when_its_version_is_too_old(server, cluster):
+    expired = {"code": 410, "reason": "Expired", "message": "too old resource version"}
+    bookmark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "9"}}}
     server.script[:] = [
         listed("1", "one", "two"),
-        changes(change("ADDED", "three", "2"), change("DELETED", "two", "3"), {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "9"}}}),
-        changes(gone),
+        changes(change("ADDED", "three", "2"), change("DELETED", "two", "3"), bookmark),
+        changes({"type": "ERROR", "object": expired}),
         listed("20", "three"),
         *["drop"] * 50,
-    ]  # fmt: skip
+    ]
     mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
     until = time.monotonic() + 10
@@ -198,12 +196,12 @@ def test_a_mirror_lists_anew_when_its_version_is_too_old(server, cluster):
     mirror.stop()
     watched = [path for _, path, _ in server.seen if "watch=true" in path]
     assert "resourceVersion=1&" in watched[0]
-    assert "resourceVersion=9&" in watched[1], "a bookmark moves the version on"
-    state = {thing["metadata"]["uid"]: mirror.is_gone(thing) for thing in mirror.of("a")}
+    assert "resourceVersion=9&" in watched[1], "a bookmark advances the version"
+    state = {obj["metadata"]["uid"]: mirror.is_gone(obj) for obj in mirror.of("a")}
     assert state == {"one": True, "two": True, "three": False}
 
 
-def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, cluster):
+def test_a_watch_that_breaks_resumes_from_its_version_without_a_list(server, cluster):
     server.script[:] = [
         listed("1", "one"),
         changes(change("ADDED", "two", "2")),
@@ -220,13 +218,13 @@ def test_a_watch_that_breaks_goes_on_from_its_version_without_a_list(server, clu
     mirror.stop()
     versions = [path.split("resourceVersion=")[1].split("&")[0] for _, path, _ in server.seen[1:5]]
     assert versions == ["1", "2", "2", "2"]
-    state = {thing["metadata"]["uid"]: mirror.is_gone(thing) for thing in mirror.of("a")}
+    state = {obj["metadata"]["uid"]: mirror.is_gone(obj) for obj in mirror.of("a")}
     assert state == {"one": True, "two": False}
     assert len([text for text in cluster.said if "answers again" in text]) == 1
 
 
-def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_news(server, cluster):
-    """A gang is forgotten before it is deleted; a new one may have its name by then."""
+def test_a_mirror_ignores_later_changes_of_forgotten_objects(server, cluster):
+    """A gang is forgotten before it is deleted; a new gang may have its name by then."""
     server.script[:] = [listed("1", "one"), *["drop"] * 50]
     mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
     mirror.start()
@@ -238,44 +236,50 @@ def test_a_mirror_that_has_been_told_to_forget_does_not_take_the_deletion_for_ne
     while "resourceVersion=4" not in server.seen[-1][1] and time.monotonic() < until:
         time.sleep(0.05)
     mirror.stop()
-    assert [thing["metadata"]["uid"] for thing in mirror.all()] == ["two"]
+    assert [obj["metadata"]["uid"] for obj in mirror.all()] == ["two"]
 
 
-def first_heard(cluster):
-    """Return the changes that a mirror has told of by the time that it tells of one."""
+def first_changes(cluster):
+    """Return the uids of the changes that a mirror reports, until there is one."""
     mirror = Mirror(cluster, "Pod", "", "k", pytest.fail)
-    heard = []
-    mirror.changed = lambda thing: heard.append(thing["metadata"]["uid"])
+    uids = []
+    mirror.on_change = lambda obj: uids.append(obj["metadata"]["uid"])
     mirror.start()
     until = time.monotonic() + 10
-    while not heard and time.monotonic() < until:
+    while not uids and time.monotonic() < until:
         time.sleep(0.05)
     mirror.stop()
-    return heard
+    return uids
 
 
 @pytest.mark.parametrize("answer", [b"<html>please log in</html>", b"[]", b'{"error": "log in"}'])
-def test_an_answer_that_is_not_an_api_servers_counts_as_none(server, cluster, answer):
-    """As from a proxy in between. A mirror's thread that died of it would never say so."""
-    server.script[:] = [(200, {}, answer), listed("1", "one"), (200, {}, answer), changes(change("ADDED", "two", "2")), *["drop"] * 50]  # fmt: skip
-    assert first_heard(cluster) == ["two"]
+def test_a_response_that_is_not_an_api_servers_counts_as_none(server, cluster, answer):
+    """For example from a proxy. If it ended a mirror's thread, nobody would notice."""
+    server.script[:] = [
+        (200, {}, answer),
+        listed("1", "one"),
+        (200, {}, answer),
+        changes(change("ADDED", "two", "2")),
+        *["drop"] * 50,
+    ]
+    assert first_changes(cluster) == ["two"]
     assert "is there a proxy in between?" in cluster.said[0]
 
 
-def test_an_error_of_ours_that_ends_a_mirror_is_told(server, cluster):
-    """Nothing would be seen of the gangs any more, and Snakemake would wait for ever."""
+def test_a_bug_that_ends_a_mirror_is_reported(server, cluster):
+    """Otherwise Snakemake would wait forever, because it would see nothing of its gangs."""
     server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
-    told = []
-    mirror = Mirror(cluster, "Pod", "", "k", told.append)
-    mirror.changed = lambda thing: 1 / 0
+    errors = []
+    mirror = Mirror(cluster, "Pod", "", "k", errors.append)
+    mirror.on_change = lambda obj: 1 / 0
     mirror.start()
     mirror.join(10)
-    assert [type(found) for found in told] == [ZeroDivisionError]
+    assert [type(error) for error in errors] == [ZeroDivisionError]
 
 
 @pytest.mark.parametrize("requests", [0, 1])
-def test_credentials_that_cannot_be_read_for_a_moment_end_no_mirror(server, cluster, requests):
-    """As while a token's file is replaced; before the list, or before the watch."""
+def test_credentials_that_cannot_be_read_for_a_moment_do_not_end_a_mirror(server, cluster, requests):
+    """For example while a token's file is replaced: before the list, or before the watch."""
     server.script[:] = [listed("1", "one"), changes(change("ADDED", "two", "2")), *["drop"] * 50]
     faults = [1, 1]
 
@@ -285,11 +289,11 @@ def test_credentials_that_cannot_be_read_for_a_moment_end_no_mirror(server, clus
             raise ConfigException("Token file exists but empty.")
 
     cluster._api.configuration.refresh_api_key_hook = refresh
-    assert first_heard(cluster) == ["two"]
+    assert first_changes(cluster) == ["two"]
     assert "the credentials cannot be read: Token file exists but empty." in cluster.said[0]
 
 
-def test_credentials_that_cannot_be_read_are_no_answer_to_a_log(cluster):
+def test_credentials_that_cannot_be_read_make_a_log_unreachable(cluster):
     def refresh(_):
         raise ConfigException("no token")
 
@@ -298,22 +302,22 @@ def test_credentials_that_cannot_be_read_are_no_answer_to_a_log(cluster):
         cluster.log("x", "main")
 
 
-def test_gc_says_what_it_may_not_list_and_goes_on(server, cluster, capsys):
+def test_gc_reports_what_it_may_not_list_and_continues(server, cluster, capsys):
     forbidden = error(403, "Forbidden", 'jobs.batch is forbidden: User "x" cannot list resource "jobs"')
     service = {"metadata": {"name": "left", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}}
     page = (200, {}, {"metadata": {"resourceVersion": "1"}, "items": [service]})
     server.script[:] = [forbidden, error(404), error(404), error(404), page, page, error(404)]
     begun = time.monotonic()
-    found = gc.orphans(cluster, 1.0)
-    assert [(thing["kind"], why) for thing, why in found] == [("Service", "belongs to no gang")]
-    assert "Jobs are left out, for they may not be listed" in capsys.readouterr().err
-    assert time.monotonic() - begun < 5, "a right that is missing is not waited for"
+    orphans = gc.orphans(cluster, 1.0)
+    assert [(obj["kind"], reason) for obj, reason in orphans] == [("Service", "belongs to no gang")]
+    assert "Jobs are skipped because they may not be listed" in capsys.readouterr().err
+    assert time.monotonic() - begun < 5, "a missing permission is not waited for"
 
 
-def ended_job(name, made, **fields):
+def ended_job(name, created, **fields):
     return {
         "kind": "Job",
-        "metadata": {"name": name, "uid": name, "creationTimestamp": made},
+        "metadata": {"name": name, "uid": name, "creationTimestamp": created},
         "status": fields,
     }
 
@@ -324,29 +328,29 @@ def stamp(hours):
 
 
 def test_gc_counts_from_a_gangs_end(cluster, monkeypatch):
-    """One that ran for longer than --hours is not taken a minute after its end: nobody may have seen it yet."""
+    """A gang that ran for longer than --hours is not deleted at its end: nobody may have seen it yet."""
 
     def ended(kind, hours, **more):
         return {"conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(hours)}], **more}
 
-    there = [
+    jobs = [
         ended_job("runs", stamp(60)),
         ended_job("fresh-failed", stamp(60), **ended("Failed", 0.1)),
         ended_job("fresh", stamp(60), **ended("Complete", 0.1, completionTime=stamp(0.1))),
         ended_job("old-failed", stamp(60), **ended("Failed", 30)),
         ended_job("old", stamp(60), **ended("Complete", 30, completionTime=stamp(30))),
-        ended_job("untold", stamp(60), conditions=[{"type": "Failed", "status": "True"}]),
+        ended_job("unknown", stamp(60), conditions=[{"type": "Failed", "status": "True"}]),
     ]
-    monkeypatch.setattr(gc, "_listed", lambda _, kind: there if kind == "Job" else [])
-    found = [thing["metadata"]["name"] for thing, _ in gc.orphans(cluster, 24.0)]
-    assert found == ["old-failed", "old", "untold"]
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: jobs if kind == "Job" else [])
+    names = [obj["metadata"]["name"] for obj, _ in gc.orphans(cluster, 24.0)]
+    assert names == ["old-failed", "old", "unknown"]
 
 
 @pytest.fixture
-def one_left(cluster, monkeypatch):
+def run_gc(cluster, monkeypatch):
     """`gc` with one gang to remove; returns a function that runs it."""
-    left = ended_job("left", stamp(60), conditions=[{"type": "Failed", "status": "True"}])
-    monkeypatch.setattr(gc, "_listed", lambda _, kind: [left] if kind == "Job" else [])
+    job = ended_job("left", stamp(60), conditions=[{"type": "Failed", "status": "True"}])
+    monkeypatch.setattr(gc, "_listed", lambda _, kind: [job] if kind == "Job" else [])
     monkeypatch.setattr(gc, "Cluster", lambda *_: cluster)
 
     def run(*options):
@@ -357,15 +361,15 @@ def one_left(cluster, monkeypatch):
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO("")])
-def test_gc_deletes_nothing_where_nobody_can_be_asked(server, one_left, monkeypatch, capsys, stdin):
+def test_gc_deletes_nothing_if_nobody_can_answer(server, run_gc, monkeypatch, capsys, stdin):
     monkeypatch.setattr("sys.stdin", stdin)
-    one_left()
-    assert "nothing deleted; answer y, or give --yes" in capsys.readouterr().out
+    run_gc()
+    assert "nothing deleted: answer y, or pass --yes" in capsys.readouterr().out
     assert not server.seen
 
 
-def test_gc_says_what_it_may_not_delete(server, one_left):
+def test_gc_reports_what_it_may_not_delete(server, run_gc):
     server.script[:] = [error(403, "Forbidden", 'jobs.batch "left" is forbidden: User "x" cannot delete')]
     with pytest.raises(SystemExit, match=r"1 of 1 could not be deleted:\nJob left: .*cannot delete"):
-        one_left("--yes")
-    assert len(server.seen) == 1, "a right that is missing is not waited for"
+        run_gc("--yes")
+    assert len(server.seen) == 1, "a missing permission is not waited for"

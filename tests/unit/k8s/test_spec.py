@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snakemake_interface_common.exceptions import WorkflowError
 
-from snakemake_executor_plugin_kubernetes_gang import Executor, jobs, spec
-from snakemake_executor_plugin_kubernetes_gang.news import News
+from snakemake_executor_plugin_kubernetes_gang import jobs, spec
+from snakemake_executor_plugin_kubernetes_gang.evidence import Evidence
 from snakemake_executor_plugin_kubernetes_gang.settings import ExecutorSettings
 
 
 @given(st.text(max_size=80), st.lists(st.text(max_size=20), max_size=3))
-def test_names_are_labels_of_dns_with_room_for_what_controllers_append(rule, outputs):
-    name = spec.gang_name(rule, "place", outputs)
+def test_names_are_dns_labels_with_room_for_the_suffixes_of_controllers(rule, outputs):
+    name = spec.gang_name(rule, "here", outputs)
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
     assert len(f"{name}-gang-0-4095") <= 63
 
 
-def test_names_depend_on_place_rule_and_outputs_alone():
+def test_names_depend_only_on_working_directory_rule_and_outputs():
     name = spec.gang_name("sft", "here", ["a", "b"])
     assert name == spec.gang_name("sft", "here", ["b", "a"])
     others = [
@@ -96,7 +96,7 @@ def test_a_variable_that_is_a_secret_by_its_name_is_not_passed(name):
         ExecutorSettings(pass_env=["HF_ENDPOINT", name])
 
 
-def test_what_looks_like_a_secret_and_is_none_is_passed(monkeypatch):
+def test_what_only_looks_like_a_secret_is_passed(monkeypatch):
     values = {"TOKENIZERS_PARALLELISM": "true", "MAIL": "me@example.org", "HF_ENDPOINT": "https://hub/a@b"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -108,16 +108,16 @@ def test_what_looks_like_a_secret_and_is_none_is_passed(monkeypatch):
     ("threads", "nodes", "cpu", "expected"),
     [(4, 2, None, "2"), (2, 1, "64", "64"), (2, 1, "100m", "2"), (2, 1, "2500m", "2"), (1, 1, 0.5, "1")],
 )
-def test_threads_of_a_pod_are_its_cpus_where_snakemake_has_cut_those_of_the_rule(
+def test_a_pod_has_threads_for_its_cpus_although_snakemake_has_reduced_those_of_the_rule(
     threads, nodes, cpu, expected
 ):
-    """Snakemake cuts `threads` to the CPUs of the machine that it runs on."""
+    """Snakemake reduces `threads` to the CPUs of its own machine."""
     resources = {} if cpu is None else {"cpu": cpu}
     assert jobs.thread_variables(threads, nodes, resources)["OMP_NUM_THREADS"] == expected
 
 
 def test_libraries_read_the_variables_of_threads():
-    """Accelerate's, which is Apple's and reads VECLIB_MAXIMUM_THREADS, is in no image."""
+    """Apple's Accelerate, which reads VECLIB_MAXIMUM_THREADS, is in no image."""
     libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "GOTO")
     assert jobs.thread_variables(1, 1, {}).keys() == {f"{name}_NUM_THREADS" for name in libraries}
 
@@ -132,8 +132,8 @@ def test_proxies_and_named_variables_reach_pods(monkeypatch):
     assert env["SSL_CERT_FILE"] == "/volume/authority.pem"
 
 
-def test_a_user_that_the_image_does_not_know_has_a_name(monkeypatch):
-    """Snakemake in a pod, and torch, look for one."""
+def test_a_user_that_the_image_does_not_have_gets_a_name(monkeypatch):
+    """Torch, and Snakemake in a pod, need one."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in jobs._environment(ExecutorSettings()).items():
@@ -142,20 +142,12 @@ def test_a_user_that_the_image_does_not_know_has_a_name(monkeypatch):
     assert getpass.getuser() == str(os.getuid())
 
 
-def test_a_group_that_runs_is_taken_up_again():
-    """A group has no rule, and with it no shadow directory."""
-    left = {"kind": "Job", "metadata": {"annotations": {"kubernetes-gang/fingerprint": "f"}}}
-    wanted = SimpleNamespace(annotations={"kubernetes-gang/fingerprint": "f"}, nodes=1)
-    group = SimpleNamespace(is_group=lambda: True, output=[])
-    assert Executor._why_not(None, left, group, wanted) == ""
-
-
 def test_a_queue_needs_a_system():
     with pytest.raises(spec.SpecError, match="queue-system"):
         jobs._queue({"queue": "training"}, ExecutorSettings())
 
 
-def test_the_fingerprint_changes_with_what_changes_a_result(tmp_path):
+def test_the_fingerprint_changes_with_everything_that_changes_a_result(tmp_path):
     path = tmp_path / "in.txt"
     path.write_text("x")
     job = SimpleNamespace(
@@ -164,13 +156,11 @@ def test_the_fingerprint_changes_with_what_changes_a_result(tmp_path):
     mark = jobs.fingerprint(job, "run", "image", 1, 0)
     assert mark == jobs.fingerprint(job, "run", "image", 1, 0)
     others = [jobs.fingerprint(job, "other", "image", 1, 0), jobs.fingerprint(job, "run", "image", 2, 0)]
-    import os
-
     os.utime(path, ns=(1, 1))
     assert len({mark, *others, jobs.fingerprint(job, "run", "image", 1, 0)}) == 4
 
 
-def test_the_plugin_knows_nothing_of_what_it_runs():
+def test_the_plugin_does_not_depend_on_what_it_runs():
     folder = Path(jobs.__file__).parent
     pattern = re.compile(r"^\s*(from|import) (rlhf|torch|deepspeed)", re.MULTILINE)
     assert not [path.name for path in folder.glob("*.py") if pattern.search(path.read_text())]
@@ -184,18 +174,18 @@ def test_waiting_gangs_share_one_request():
         ],
         "Workload": [{"metadata": {"labels": {"kueue.x-k8s.io/job-uid": "u"}}}],
     }
-    asked = []
+    requests = []
 
     def once(_, path, __):
-        asked.append(path)
+        requests.append(path)
         return {"items": answers[path]}
 
-    found = News(SimpleNamespace(path=str, once=once), print)
+    evidence = Evidence(SimpleNamespace(path=str, once=once), print)
     for _ in range(100):
-        assert len(found.warnings("sft-0123456789", "2026-01-01")) == 1
-        assert not found.warnings("sft-0123456789", "2026-01-03"), "of a namesake before it"
-        assert len(found.workloads("u")) == 1
-    assert asked == ["Event", "Workload"]
-    found.refresh()
-    found.workloads("u")
-    assert asked == ["Event", "Workload", "Workload"]
+        assert len(evidence.warnings("sft-0123456789", "2026-01-01")) == 1
+        assert not evidence.warnings("sft-0123456789", "2026-01-03"), "of an earlier gang of this name"
+        assert len(evidence.workloads("u")) == 1
+    assert requests == ["Event", "Workload"]
+    evidence.refresh()
+    evidence.workloads("u")
+    assert requests == ["Event", "Workload", "Workload"]

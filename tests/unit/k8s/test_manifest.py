@@ -1,6 +1,6 @@
-"""Manifests against golden files, which tests/k8s sends through a real API server's dry run.
+"""Manifests against golden files, which tests/k8s sends to a real API server in a dry run.
 
-`UPDATE_GOLDEN=1 pytest tests/unit/test_k8s_manifest.py` rewrites them; the diff is the review.
+`UPDATE_GOLDEN=1 pytest tests/unit/k8s/test_manifest.py` rewrites them; the diff is the review.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snakemake_executor_plugin_kubernetes_gang import manifest, template
+from snakemake_executor_plugin_kubernetes_gang import manifest, objects, template
 from snakemake_executor_plugin_kubernetes_gang.entrypoint import ENTRYPOINT, POLL_S
 from snakemake_executor_plugin_kubernetes_gang.spec import GangSpec, Queue, SpecError, Volume
 
-GOLDEN = Path(__file__).parents[1] / "k8s" / "golden"
+GOLDEN = Path(__file__).parents[2] / "k8s" / "golden"
 TEMPLATE = {
     "spec": {
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -43,12 +43,24 @@ TEMPLATE = {
 
 def spec(**changes: object) -> GangSpec:
     values = dict(
-        name="sft-0123456789", command="set -euo pipefail; python train.py --cost $(cat cost)", workdir="/volume/run",
-        project="/volume/code/Snakefile", image="registry.example/rlhf:1", state_dir="/volume/run/.snakemake/state/sft",
-        token="11111111", uid=1000, gid=1000, volumes=(Volume("data", "/volume"),), runtime_s=3600,
-        labels={manifest.LABEL_PLACE: "abcdef"}, annotations={manifest.FINGERPRINT: "f" * 64, manifest.TOKEN: "11111111"},
-        env={"HOME": "/tmp", "OMP_NUM_THREADS": "4"}, cpu="4", memory_mb=16000, shm_mb=4000,
-    )  # fmt: skip
+        name="sft-0123456789",
+        command="set -euo pipefail; python train.py --cost $(cat cost)",
+        workdir="/volume/run",
+        project="/volume/code/Snakefile",
+        image="registry.example/rlhf:1",
+        state_dir="/volume/run/.snakemake/state/sft",
+        token="11111111",
+        uid=1000,
+        gid=1000,
+        volumes=(Volume("data", "/volume"),),
+        runtime_s=3600,
+        labels={objects.LABEL_WORKDIR_ID: "abcdef"},
+        annotations={objects.FINGERPRINT: "f" * 64, objects.TOKEN: "11111111"},
+        env={"HOME": "/tmp", "OMP_NUM_THREADS": "4"},
+        cpu="4",
+        memory_mb=16000,
+        shm_mb=4000,
+    )
     return GangSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -73,7 +85,7 @@ def test_manifests_are_the_golden_ones(name):
     assert text == path.read_text(), f"{path} differs; UPDATE_GOLDEN=1 rewrites it"
 
 
-def test_what_every_pod_is_not():
+def test_pods_have_no_privileges():
     for name, case in CASES.items():
         text = (GOLDEN / f"{name}.yaml").read_text()
         assert "automountServiceAccountToken: false" in text
@@ -86,7 +98,7 @@ def test_what_every_pod_is_not():
 
 def test_rules_without_gpus_are_jobs_under_every_backend():
     for backend in ("deepspeedjob", "jobset", "trainjob"):
-        assert [thing["kind"] for thing in manifest.manifests(spec(backend=backend))] == ["Job"]
+        assert [body["kind"] for body in manifest.manifests(spec(backend=backend))] == ["Job"]
 
 
 def test_a_gpu_is_requested_and_limited_alike():
@@ -102,12 +114,12 @@ def container_of(case: GangSpec) -> dict:
 
 
 def expanded(text: str) -> str:
-    """What the kubelet makes of a variable's value: `$$` is a dollar, `$(X)` a variable, `$x` stays."""
-    return re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "", text)
+    """A variable's value as the kubelet expands it: `$$` is a dollar, `$(X)` a variable, `$x` unchanged."""
+    return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "", text)
 
 
 @pytest.mark.parametrize("command", ["echo $(cat cost)", "kill $$", "echo $HOME $$(id) $", "x=$((1 + 2))"])
-def test_kubernetes_leaves_the_command_as_it_is(command):
+def test_kubernetes_does_not_change_the_command(command):
     env = {
         e["name"]: e.get("value", "") for e in container_of(spec(command=command, env={"A": command}))["env"]
     }
@@ -115,7 +127,7 @@ def test_kubernetes_leaves_the_command_as_it_is(command):
     assert expanded(env["A"]) == command
 
 
-def test_a_deepspeedjobs_command_lies_in_a_file_with_its_quotes():
+def test_a_deepspeedjobs_command_is_in_a_file_with_its_quotes():
     case = dataclasses.replace(CASES["deepspeedjob"], command="echo 'it is' \"$HOME\"")
     text = manifest.files(case)["slot-11111111.sh"]
     assert "export GANG_COMMAND='echo '\"'\"'it is'\"'\"' \"$HOME\"'" in text
@@ -123,7 +135,7 @@ def test_a_deepspeedjobs_command_lies_in_a_file_with_its_quotes():
 
 
 def test_a_late_slot_of_an_old_deepspeedjob_does_not_read_the_new_ones_token():
-    """Its pods name their own file: rewritten, it would tell them that they are the new gang's."""
+    """Its pods use their own file: with the new token in it, they would not stop."""
     [body] = manifest.manifests(CASES["deepspeedjob"])
     [name] = {Path(body["spec"]["config"]["run"]["exec"][-1]).name} & set(
         manifest.files(CASES["deepspeedjob"])
@@ -133,7 +145,7 @@ def test_a_late_slot_of_an_old_deepspeedjob_does_not_read_the_new_ones_token():
 
 
 def test_root_in_a_deepspeedjobs_pods_has_its_own_home():
-    """DeepSpeed's launcher looks there for the file with variables that the controller has written."""
+    """DeepSpeed's launcher reads the variables that the job's controller has written there."""
     names = {e["name"] for e in container_of(CASES["deepspeedjob"])["env"]}
     assert not {"HOME", "USER"} & names
     assert {"OMP_NUM_THREADS", "HF_TOKEN"} <= names
@@ -147,15 +159,23 @@ sys.exit(subprocess.call(["bash", sys.argv[1], "--local_rank=1"], env=clean))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the launcher's processes are root")
-def test_a_slot_has_the_pods_environment_though_ssh_has_given_it_none(tmp_path):
-    """As DeepSpeed's launcher starts it on another node: by the python of the image, without its PATH."""
+def test_a_slot_has_the_pods_environment_although_ssh_does_not_pass_it(tmp_path):
+    """DeepSpeed's launcher starts it on another node with the image's python, but without its PATH."""
     command = "command -v python; echo $HOME $USER $MORE $LOCAL_RANK $TOKEN $WITH_REFERENCE"
     more = [{"name": "MORE", "value": "a $$HOME"}, {"name": "WITH_REFERENCE", "value": "$(MORE)"}]
     user = {"spec": {"containers": [{"name": "main", "env": more}]}}
     case = spec(
-        backend="deepspeedjob", gpus=1, command=command, state_dir=str(tmp_path), workdir=str(tmp_path),
-        project=str(tmp_path), uid=0, gid=0, template=user, env={"HOME": "/tmp", "USER": "1000"},
-    )  # fmt: skip
+        backend="deepspeedjob",
+        gpus=1,
+        command=command,
+        state_dir=str(tmp_path),
+        workdir=str(tmp_path),
+        project=str(tmp_path),
+        uid=0,
+        gid=0,
+        template=user,
+        env={"HOME": "/tmp", "USER": "1000"},
+    )
     for name, text in manifest.files(case).items():
         (tmp_path / name).write_text(text)
     launcher = [sys.executable, "-c", SLOT, str(tmp_path / "slot-11111111.sh")]
@@ -166,13 +186,17 @@ def test_a_slot_has_the_pods_environment_though_ssh_has_given_it_none(tmp_path):
     ]
 
 
-def test_a_token_that_cannot_be_read_for_a_moment_is_passed_over_in_silence(tmp_path):
-    """As on a volume that is away: the pod goes on, and its log is not filled."""
+def test_a_token_that_cannot_be_read_for_a_moment_is_ignored(tmp_path):
+    """For example during an outage of the volume: the pod continues and does not fill its log."""
     (tmp_path / "token").write_text("1\n")
     env = {
-        "PATH": os.environ["PATH"], "GANG_STATE": str(tmp_path), "GANG_PROJECT": str(tmp_path), "GANG_TOKEN": "1",
-        "GANG_WORKDIR": str(tmp_path), "GANG_COMMAND": "rm token; sleep 1; echo done",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "GANG_STATE": str(tmp_path),
+        "GANG_PROJECT": str(tmp_path),
+        "GANG_TOKEN": "1",
+        "GANG_WORKDIR": str(tmp_path),
+        "GANG_COMMAND": "rm token; sleep 1; echo done",
+    }
     text = ENTRYPOINT.replace(f"sleep {POLL_S} &", "sleep 0.1 &")
     run = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("done\n", "")
@@ -185,7 +209,7 @@ def test_t9k_priorities_are_numbers(priority):
 
 
 @pytest.mark.parametrize(
-    ("changes", "place"),
+    ("changes", "path"),
     [
         ({"spec": {"restartPolicy": "Always"}}, "spec.restartPolicy"),
         ({"spec": {"securityContext": {"runAsUser": 0}}}, "runAsUser"),
@@ -200,12 +224,12 @@ def test_t9k_priorities_are_numbers(priority):
         ({"metadata": {"labels": {"kubernetes-gang/place": "x"}}}, "kubernetes-gang/place"),
     ],
 )
-def test_what_a_template_may_not_set_is_refused_by_name(changes, place):
-    with pytest.raises(SpecError, match=place.replace(".", r"\.")):
+def test_what_a_template_may_not_set_is_refused_by_name(changes, path):
+    with pytest.raises(SpecError, match=path.replace(".", r"\.")):
         template.check(changes, "pod.yaml")
 
 
-def test_a_template_may_not_take_the_executors_names():
+def test_a_template_may_not_use_the_executors_names():
     for part in (
         {"env": [{"name": "NODE_RANK", "value": "0"}]},
         {"volumeMounts": [{"name": "x", "mountPath": "/dev/shm"}]},
@@ -214,13 +238,13 @@ def test_a_template_may_not_take_the_executors_names():
             manifest.manifests(spec(template={"spec": {"containers": [{"name": "main", **part}]}}))
 
 
-def test_a_template_goes_over_passed_environment():
+def test_a_template_overrides_passed_environment():
     user = {"spec": {"containers": [{"name": "main", "env": [{"name": "HOME", "value": "/home/me"}]}]}}
     env = manifest.manifests(spec(template=user))[-1]["spec"]["template"]["spec"]["containers"][0]["env"]
     assert [e["value"] for e in env if e["name"] == "HOME"] == ["/home/me"]
 
 
-def test_templates_are_read_in_order(tmp_path):
+def test_templates_are_merged_in_order(tmp_path):
     (tmp_path / "a.yaml").write_text("spec: {nodeSelector: {gpu: a100, zone: x}}")
     (tmp_path / "b.yaml").write_text("spec: {nodeSelector: {gpu: h100}}")
     merged = template.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
@@ -240,7 +264,7 @@ def test_a_later_template_adds_to_a_container_of_an_earlier_one(tmp_path):
     assert merged["initContainers"] == [{"name": "first", "image": "x", "args": ["y"]}]
 
 
-def test_profiles_t9k_gives_ipc_lock_back_and_rdma_when_asked_for():
+def test_profiles_t9k_restores_ipc_lock_and_adds_rdma_on_request():
     folder = GOLDEN.parents[2] / "profiles" / "t9k"
     profile = yaml.safe_load((folder / "config.yaml").read_text())
     [named] = profile["kubernetes-gang-gpu-pod-template"]
@@ -292,21 +316,21 @@ def test_profiles_t9k_gives_ipc_lock_back_and_rdma_when_asked_for():
         ),
     ],
 )
-def test_what_a_template_holds_in_the_wrong_shape_is_named(tmp_path, text, message):
+def test_a_template_value_of_the_wrong_type_is_named(tmp_path, text, message):
     (tmp_path / "pod.yaml").write_text(text)
     with pytest.raises(SpecError) as caught:
         template.load([tmp_path / "pod.yaml"])
     assert str(caught.value) == f"pod template {tmp_path}/pod.yaml: {message}"
 
 
-def test_names_of_lists_are_free_as_labels(tmp_path):
+def test_names_of_lists_may_be_labels(tmp_path):
     text = "metadata: {labels: {env: prod}}\nspec: {nodeSelector: {volumes: fast}}"
     (tmp_path / "pod.yaml").write_text(text)
     assert template.load([tmp_path / "pod.yaml"])["spec"] == {"nodeSelector": {"volumes": "fast"}}
 
 
 @pytest.mark.parametrize("text", ["[1]", "spec: {a: [", "replicas: 2"])
-def test_a_file_that_is_no_pod_template_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_pod_template_is_refused(tmp_path, text):
     (tmp_path / "pod.yaml").write_text(text)
     with pytest.raises(SpecError, match=r"pod\.yaml"):
         template.load([tmp_path / "pod.yaml"])
