@@ -17,6 +17,7 @@ configfile: "config.yaml"
 
 CONFIG, PLAN = load_plan()
 set_environment(CONFIG)
+print_plan_last()
 
 
 workdir: CONFIG.pvc
@@ -24,7 +25,7 @@ workdir: CONFIG.pvc
 
 wildcard_constraints:
     scenario="|".join(CONFIG.scenarios),
-    stage="sft|reward|rlhf",
+    stage="|".join(STAGES),
     result="|".join(sorted(result_names(PLAN))),
 
 
@@ -44,7 +45,7 @@ rule all:
 
 
 include: "rules/sources.smk"
-include: "rules/train.smk"
+include: "rules/stages.smk"
 include: "rules/results.smk"
 
 
@@ -58,4 +59,4 @@ onsuccess:
 
 onerror:
     sweep_states()
-    tell_failures()
+    report_failures()

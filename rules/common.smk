@@ -1,5 +1,6 @@
 """The plan, and functions of the wildcards that look things up in it."""
 
+import atexit
 import json
 import os
 import shutil
@@ -12,21 +13,18 @@ sys.path.insert(0, str(SCRIPTS))
 
 from snakemake.cli import get_argument_parser
 
-from rlhf import (
-    codehash,
-    config as configuration,
-    logs,
-    plan as planning,
-    store,
-    yaml_file,
-)
-from rlhf.errors import UserError
+from rlhf import logs
+from rlhf.config import yaml_file
+from rlhf.config.scenario import load_config
+from rlhf.config.stages import STAGES
+from rlhf.errors import USER_ERROR, UserError
 from rlhf.machine import visible_gpus
+from rlhf.store import codehash, layout, naming, plan as planning, provenance
 
 
 def requested_targets():
-    """What is asked for on the command line, by its own parser: only after this file has been read does
-    Snakemake say what its targets are. A job that it starts asks for nothing.
+    """The targets on the command line, by Snakemake's own parser: it reports its targets only after it has
+    read this file. A job that Snakemake starts has none.
     """
     return get_argument_parser().parse_args(sys.argv[1:]).targets or []
 
@@ -38,14 +36,14 @@ def scenarios_of(targets):
 
 
 def refuse_unusable_volume(pvc):
-    """Refuse a volume that is not there or cannot be written to, before anything starts.
+    """Refuse a volume that does not exist or cannot be written to, before anything starts.
 
-    It is not made: where a mount is missing, a directory in its place would fill this machine's disk.
+    It is not created: if a mount is missing, a directory in its place would fill this machine's disk.
     """
     if not (Path(pvc).is_dir() and os.access(pvc, os.W_OK)):
         raise UserError(
             f"pvc = {pvc!r} is not a writable directory: give an absolute path or one relative to"
-            f" {os.getcwd()}, and make or mount it if it is not there yet"
+            f" {os.getcwd()}, and create or mount it if it does not exist"
         )
 
 
@@ -56,11 +54,11 @@ def one_message():
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
 
 
 def refuse_unreadable(path):
-    """Refuse a file that is no YAML or in which a key stands twice, by file and line.
+    """Refuse a file that is not YAML or has a key twice, with file and line.
 
     Snakemake accepts duplicate keys, and reports neither file nor line of a YAML error. It has parsed files
     given by --configfile before the Snakefile, so only duplicate keys are left to catch for them here;
@@ -74,25 +72,25 @@ def refuse_unreadable(path):
 def load_plan():
     """The configuration and its plan."""
     with one_message():
-        settings = configuration.load(config)
+        settings = load_config(config)
         refuse_unusable_volume(settings.pvc)
 
         def fingerprint(source):
-            return store.fingerprint(Path(settings.pvc, source))
+            return naming.fingerprint(Path(settings.pvc, source))
 
         targets = requested_targets()
-        asked = scenarios_of(targets)
-        plan = planning.plan(settings, codehash.digest, fingerprint, asked)
+        scenarios = scenarios_of(targets)
+        plan = planning.plan(settings, codehash.digest, fingerprint, scenarios)
         planning.refuse_unknown(plan, (t for t in targets if t != "all"))
-        wanted = set(asked) or set(settings.scenarios)
-        store.refuse_not_whole(
+        wanted = set(scenarios) or set(settings.scenarios)
+        provenance.refuse_incomplete(
             Path(settings.pvc, made.path)
             for made in plan.artefacts.values()
             if wanted & set(made.scenarios)
         )
         planning.refuse_misplaced(
             settings,
-            asked,
+            scenarios,
             lambda source: Path(settings.pvc, source).exists(),
         )
         return settings, plan
@@ -113,49 +111,43 @@ def result_names(plan):
     return {name for name in names if not name.endswith(".png")}
 
 
-def artefact(path):
-    """A function of the wildcards: the planned artefact at `path`, a pattern."""
-    return lambda wildcards: PLAN.artefacts[path.format(**wildcards)]
-
-
-def parents(path):
-    """A function of the wildcards: the paths of what an artefact is made from."""
-    return lambda wildcards: list(artefact(path)(wildcards).parents.values())
-
-
 def script(name):
-    """The path of an entry script: code lies in the repository, wherever the volume is."""
+    """The path of an entry script: code is in the repository, wherever the volume is."""
     return f"{SCRIPTS}/{name}"
 
 
-def planned_script(path):
-    """A function of the wildcards: the path of the entry script that makes an artefact."""
-    return lambda wildcards: script(artefact(path)(wildcards).script)
+class Planned:
+    """The planned artefact at `path`, a pattern. Methods are functions of the wildcards."""
 
+    def __init__(self, path):
+        self.path = path
 
-def spec(path):
-    """A function of the wildcards: what its script reads, as one JSON text."""
-    return lambda wildcards: json.dumps(artefact(path)(wildcards).spec, sort_keys=True)
+    def artefact(self, wildcards):
+        return PLAN.artefacts[self.path.format(**wildcards)]
 
+    def parents(self, wildcards):
+        """The paths of the artefacts that it is made from."""
+        return list(self.artefact(wildcards).parents.values())
 
-def run_options(path):
-    """A function of the wildcards: how it is run, as one JSON text."""
-    return lambda wildcards: artefact(path)(wildcards).run.model_dump_json()
+    def script(self, wildcards):
+        """The path of the entry script that makes it."""
+        return script(self.artefact(wildcards).script)
 
+    def spec(self, wildcards):
+        """What its script reads, as one JSON text."""
+        return json.dumps(self.artefact(wildcards).spec, sort_keys=True)
 
-def run_value(path, name):
-    """A function of the wildcards: one value of how it is run.
+    def run(self, wildcards):
+        """How it is executed, as one JSON text."""
+        return self.artefact(wildcards).run.model_dump_json()
 
-    Pods get their CPUs by `cpu`: Snakemake cuts `threads` to what its own machine has.
-    """
-    return lambda wildcards: getattr(artefact(path)(wildcards).run, name)
+    def run_value(self, name):
+        """A function of the wildcards: one value of how it is executed."""
+        return lambda wildcards: getattr(self.artefact(wildcards).run, name)
 
-
-def describe(path):
-    """A function of the wildcards: in words, what a job makes and for whom."""
-
-    def message(wildcards):
-        made = artefact(path)(wildcards)
+    def message(self, wildcards):
+        """In words, what a job makes and for whom."""
+        made = self.artefact(wildcards)
         text = f"{made.title} for {', '.join(made.scenarios)}"
         if made.run_differs:
             others = ", ".join(made.run_differs)
@@ -164,11 +156,9 @@ def describe(path):
             )
         return text + (f", on {machines(made.run)}" if made.run else "")
 
-    return message
-
 
 def machines(run):
-    """In words, what a training takes up."""
+    """In words, what a training occupies."""
     nodes = "one node" if run.nodes == 1 else f"{run.nodes} nodes"
     gpus = {0: "no GPU", 1: "one GPU"}.get(run.gpus, f"{run.gpus} GPUs")
     return f"{nodes} with {gpus}{' each' if run.nodes > 1 else ''}"
@@ -179,14 +169,58 @@ def link_source(path):
     return lambda wildcards: PLAN.artefact_of(path.format(**wildcards)).path
 
 
+def companions(wildcards):
+    """Other names that are made with a result, because they cost nothing.
+
+    Whoever makes an actor looks for the models that it was built from, and for the curves.
+    """
+    names = layout.COMPANIONS.get(wildcards.result, ())
+    return [f"results/{wildcards.scenario}/{name}" for name in names]
+
+
 def link_target(path):
-    """A function of the wildcards: a result's place, relative to where its name lies."""
+    """A function of the wildcards: a result's path, relative to the directory of its name."""
 
     def target(wildcards):
         result = path.format(**wildcards)
         return os.path.relpath(PLAN.results[result], Path(result).parent)
 
     return target
+
+
+def print_plan_last():
+    """End a dry run with the jobs in their order: Snakemake's own reasons would hide them."""
+    arguments = get_argument_parser().parse_args(sys.argv[1:])
+    if workflow.is_main_process and arguments.dryrun and not arguments.quiet:
+        atexit.register(print_plan)
+
+
+LINKS = ("link", "link_curves")
+
+
+def print_plan():
+    """One line for each job that would run, in order; links cost nothing and are left out.
+
+    A mistake may have ended Snakemake before it had a plan, and what `--dag` prints is for other programs.
+    """
+    if workflow._dag is None or not workflow.dryrun:
+        return
+    levels = (sorted(level, key=description) for level in workflow.dag.toposorted())
+    jobs = [job for level in levels for job in level if workflow.dag.needrun(job)]
+    jobs = [job for job in jobs if job.rule.name not in LINKS]
+    if not jobs:
+        print("\nNothing would run: everything exists.")
+        return
+    print(
+        f"\n{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'} would run, in this order:"
+    )
+    for number, job in enumerate(jobs, start=1):
+        print(f"{number:>3}. {description(job)}")
+
+
+def description(job):
+    """In words, what a job makes."""
+    return job.message or job.rule.name
 
 
 def refuse_missing_gpus():
@@ -197,27 +231,30 @@ def refuse_missing_gpus():
     for job in workflow.dag.needrun_jobs():
         if job.resources.get("gpus", 0) > there:
             print(
-                f"error: {job.message or job.rule.name} asks for gpus = {job.resources.gpus}, this machine has"
+                f"error: {description(job)} needs gpus = {job.resources.gpus}, this machine has"
                 f" {there}: run it on a cluster (--profile profiles/kubernetes), or give the scenario a run"
                 " with gpus: 0",
                 file=sys.stderr,
             )
-            sys.exit(2)
+            sys.exit(USER_ERROR)
 
 
-def tell_failures():
+def report_failures():
     """Say once more, below the long commands that Snakemake prints, what failed on this machine and why.
 
-    A cluster's executor knows more than logs do, and says it itself.
+    A cluster's executor knows more than the logs, and reports failures itself.
     """
     if workflow.executor_plugin.common_settings.non_local_exec:
         return
     if not workflow.scheduler.failed:  # Ctrl-C
-        print("stopped: the same command goes on from what is saved", file=sys.stderr)
+        print(
+            "stopped: the same command resumes from the last saved state",
+            file=sys.stderr,
+        )
     for failed in workflow.scheduler.failed:
         for job in getattr(failed, "jobs", [failed]):
             print(
-                f"failed: {job.message or job.rule.name}",
+                f"failed: {description(job)}",
                 *(f"  {logs.last_words(Path(log))}\n  log: {log}" for log in job.log),
                 sep="\n",
                 file=sys.stderr,
@@ -227,5 +264,5 @@ def tell_failures():
 def sweep_states():
     """Remove the unfinished work of artefacts that are there."""
     for made in PLAN.artefacts.values():
-        if Path(made.path, store.PROVENANCE).exists():
-            shutil.rmtree(store.work_of(Path(made.path)), ignore_errors=True)
+        if Path(made.path, provenance.PROVENANCE).exists():
+            shutil.rmtree(layout.work_of(Path(made.path)), ignore_errors=True)

@@ -8,14 +8,14 @@ rule model:
     conda:
         "../envs/training.yaml"
     resources:
-        # Of a model that is converted one file of weights is in memory: 10 GB at most on the Hub.
+        # Conversion holds one file of weights in memory: 10 GB at most on the Hub.
         mem_mb=lambda wildcards: 2000 if wildcards.org == "builtin" else 24000,
         runtime=2880,
     params:
         launch=script("launch.py"),
-        script=planned_script("models/{org}/{name}@{revision}"),
-        spec=spec("models/{org}/{name}@{revision}"),
-        message=describe("models/{org}/{name}@{revision}"),
+        script=Planned("models/{org}/{name}@{revision}").script,
+        spec=Planned("models/{org}/{name}@{revision}").spec,
+        message=Planned("models/{org}/{name}@{revision}").message,
     message:
         "Pretrained model: {params.message}"
     shell:
@@ -37,9 +37,9 @@ rule dataset:
         runtime=1440,
     params:
         launch=script("launch.py"),
-        script=planned_script("datasets/{org}/{name}@{revision}"),
-        spec=spec("datasets/{org}/{name}@{revision}"),
-        message=describe("datasets/{org}/{name}@{revision}"),
+        script=Planned("datasets/{org}/{name}@{revision}").script,
+        spec=Planned("datasets/{org}/{name}@{revision}").spec,
+        message=Planned("datasets/{org}/{name}@{revision}").message,
     message:
         "Dataset: {params.message}"
     shell:
@@ -49,7 +49,7 @@ rule dataset:
 
 rule data:
     input:
-        ancient(parents("store/data/{name}")),
+        ancient(Planned("store/data/{name}").parents),
     output:
         directory("store/data/{name}"),
     log:
@@ -63,10 +63,10 @@ rule data:
         runtime=1440,
     params:
         launch=script("launch.py"),
-        script=planned_script("store/data/{name}"),
-        spec=spec("store/data/{name}"),
-        message=describe("store/data/{name}"),
+        script=Planned("store/data/{name}").script,
+        spec=Planned("store/data/{name}").spec,
+        message=Planned("store/data/{name}").message,
     message:
-        "Data: {params.message}"
+        "{params.message}"
     shell:
         "python {params.launch:q} --log {log} {params.script:q} --spec {params.spec:q} --output {output}"

@@ -1,4 +1,4 @@
-"""Talk to a model: hold a conversation, or answer one prompt.
+"""Chat with a model: a conversation, or the response to one prompt.
 
 python scripts/chat.py results/tiny/rlhf/actor
 python scripts/chat.py results/tiny/rlhf/actor --prompt "how are you?"
@@ -18,82 +18,82 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import parallel
+from rlhf.data.streams import Purpose, Stream
+from rlhf.data.templates import load_tokenizer, prompt_texts
+from rlhf.data.tokens import pad
 from rlhf.errors import UserError, run_main
-from rlhf.generation import Sampling, generate, uniforms
-from rlhf.models import load_actor
-from rlhf.streams import Purpose
-from rlhf.templates import load_tokenizer, prompt_texts
+from rlhf.generation.engine import Sampling, generate, uniforms
+from rlhf.models.loading import load_actor
 from rlhf.terminal import printable
-from rlhf.tokens import pad
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="directory of the model")
-    parser.add_argument("--prompt", help="answer one prompt and exit")
+    parser.add_argument("--prompt", help="respond to one prompt and exit")
     parser.add_argument("--max-new-tokens", type=at_least(int, 1), default=64)
     parser.add_argument("--temperature", type=at_least(float, 0), default=0.7, help="0 is greedy")
-    parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; drawn when not given")
+    parser.add_argument("--seed", type=at_least(int, 0), help="of sampling; default: random")
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
-        raise UserError("--prompt is empty: give it some text, or leave it out to hold a conversation")
+        raise UserError("--prompt is empty: give it some text, or omit it to hold a conversation")
     refuse_no_model(args.model)
     tokenizer = load_tokenizer(args.model)
-    where = parallel.device()
-    # CPUs are slow in 16 bits, and GPUs hold what was saved.
-    model = load_actor(args.model, torch.float32 if where.type == "cpu" else "auto").eval().to(where)
+    device = parallel.device()
+    # CPUs are slow in 16 bits; GPUs use the dtype of the saved weights.
+    model = load_actor(args.model, torch.float32 if device.type == "cpu" else "auto").eval().to(device)
     sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     seed = secrets.randbits(31) if args.seed is None else args.seed
-    room(model, tokenizer, sampling)
+    longest_prompt(model, tokenizer, sampling)
     if args.prompt is not None:
-        print(printable(answer(model, tokenizer, [args.prompt], sampling, seed)))
+        print(printable(respond(model, tokenizer, [args.prompt], sampling, seed)))
         return
     converse(model, tokenizer, sampling, seed)
 
 
 def converse(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, seed: int) -> None:
-    """Answer line by line, each with what was said before, to the end of input."""
+    """Respond to each line of input, with the conversation so far, until the input ends."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     turns: list[str] = []
     while (line := _read()) is not None:
         if not line.strip():
             continue
         try:
-            reply = answer(model, tokenizer, [*turns, line], sampling, seed + len(turns))
-        except UserError as error:  # the conversation goes on without the line
+            response = respond(model, tokenizer, [*turns, line], sampling, seed + len(turns))
+        except UserError as error:  # the conversation continues without the line
             print(f"error: {error}", file=sys.stderr)
             continue
-        turns += [line, reply]
-        print(printable(reply))
+        turns += [line, response]
+        print(printable(response))
 
 
-def at_least(kind: type, least: float) -> Callable[[str], float]:
-    """Return a reader of an argument that refuses what is below `least`."""
+def at_least(number_type: type, minimum: float) -> Callable[[str], float]:
+    """Return a function that parses an argument, and refuses numbers below `minimum`."""
 
     def number(text: str) -> float:
-        if not (value := kind(text)) >= least:
-            raise argparse.ArgumentTypeError(f"{text} should be a number from {least} up")
-        return float(value) if kind is float else int(value)
+        if not (value := number_type(text)) >= minimum:
+            raise argparse.ArgumentTypeError(f"{text} should be a number from {minimum} up")
+        return float(value) if number_type is float else int(value)
 
     return number
 
 
 def refuse_no_model(path: Path) -> None:
-    """Raise UserError if `path` is no model's directory, naming the actors that lie in it."""
+    """Raise UserError if `path` is not a model's directory; the text names actors inside it."""
     if (path / "config.json").exists():
         return
-    inside = sorted(found for depth in ("*", "*/*") for found in path.glob(f"{depth}/config.json"))
-    actors = [str(found.parent) for found in inside if "ForCausalLM" in found.read_text(errors="replace")]
-    made = "names under results/ lie below `pvc`, make them with snakemake"
-    hint = f"give {' or '.join(actors)}" if actors else made
+    configs = sorted(config for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.json"))
+    actors = [str(config.parent) for config in configs if "ForCausalLM" in config.read_text(errors="replace")]
+    remedy = "results/ is below `pvc`; build the model with snakemake"
+    hint = f"give {' or '.join(actors)}" if actors else remedy
     raise UserError(f"{path} is not a model directory (no config.json): {hint}")
 
 
-def room(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> int:
-    """Return how many tokens a conversation may have.
+def longest_prompt(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> int:
+    """Return how many tokens a conversation may have before the response.
 
     Raises:
-        UserError: not even those of one letter.
+        UserError: not even a conversation of one letter fits.
     """
     positions, least = model.config.max_position_embeddings, len(_ids(tokenizer, ["x"]))
     if (left := positions - sampling.max_new_tokens) < least:
@@ -105,7 +105,7 @@ def room(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> 
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[str]) -> Any:
-    """Return the tokens of a conversation up to where the reply begins."""
+    """Return (P,) int64: the tokens of a conversation, up to the beginning of the response."""
     text = prompt_texts(tokenizer, [turns])[0]
     return tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
 
@@ -118,24 +118,25 @@ def _read() -> str | None:
         return None
 
 
-def answer(
+def respond(
     model: Any, tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], sampling: Sampling, seed: int
 ) -> str:
-    """Return a reply to a conversation; its oldest turns are left out where it grows too long.
+    """Return the response to a conversation; if it is too long, its oldest turns are left out.
 
     Raises:
-        UserError: even the last turn alone is too long for the model, or `room` has none.
+        UserError: the last turn alone is too long, or as `longest_prompt`.
     """
-    most = room(model, tokenizer, sampling)
+    longest = longest_prompt(model, tokenizer, sampling)
     for start in range(0, len(turns), 2):
         ids = _ids(tokenizer, turns[start:])
-        if len(ids) <= most:
-            noise = uniforms(seed, Purpose.CHAT, [0], sampling.max_new_tokens)
-            made = generate(model, pad([ids], sampling.pad_id, side="left").to(model.device), sampling, noise)
-            return str(tokenizer.decode(made.responses[0], skip_special_tokens=True)).strip()
+        if len(ids) <= longest:
+            noise = uniforms(Stream(seed, Purpose.CHAT), [0], sampling.max_new_tokens)
+            prompt = pad([ids], sampling.pad_id, side="left").to(model.device)  # (1, P)
+            generated = generate(model, prompt, sampling, noise)
+            return str(tokenizer.decode(generated.responses[0], skip_special_tokens=True)).strip()
     raise UserError(
-        f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the reply at most"
-        f" {most} fit: shorten it, or lower --max-new-tokens"
+        f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the response at most"
+        f" {longest} fit: shorten it, or lower --max-new-tokens"
     )
 
 

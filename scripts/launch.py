@@ -1,9 +1,9 @@
 """Start a script as one process of every slot of every node, and write its logs.
 
-The one place that knows torchrun (with `run_processes.py`, which it starts) and the environment
-variables of nodes. Where a launcher has set LOCAL_RANK already the script is simply run. Rank 0's output
-goes to the terminal and to `--log`; with several processes every other rank's goes to a file below
-`{log}.ranks`. On nodes but the first the log's name ends in the node's number.
+This is the one place that knows torchrun (with `run_processes.py`, which it starts) and the environment
+variables of nodes. Where a launcher has already set LOCAL_RANK, it only runs the script. Rank 0's output
+goes to the terminal and to `--log`; the output of every other rank goes to a file below `{log}.ranks`.
+On every node but the first, the log's name ends in the node's number.
 
     python scripts/launch.py --processes 2 --log logs/x.log scripts/train_sft.py --spec ...
 """
@@ -28,15 +28,20 @@ from typing import BinaryIO
 from rlhf.errors import UserError, run_main
 from rlhf.machine import visible_gpus
 
+# OpenMP's threads sleep while they wait for each other. By default they spin, which makes a training
+# several times slower when anything else uses the CPU (`tests/bench/threads.py`).
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 GPU_PAUSE = 10.0  # seconds between looks for a free GPU
-BAR_SECONDS = 10.0  # a progress bar leaves one line in the log per so many seconds
+BAR_SECONDS = 10.0  # between the lines that a progress bar writes to the log
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=1, help="processes of all nodes together")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node that it gets to itself")
-    parser.add_argument("--log", type=Path, required=True, help="where rank 0's output goes")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs of this node, which no other job of ours uses"
+    )
+    parser.add_argument("--log", type=Path, required=True, help="file for rank 0's output")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -45,41 +50,43 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *program])
     nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     if args.processes % nodes:
-        raise UserError(f"{args.processes} processes cannot be shared out evenly over NNODES={nodes} nodes")
+        raise UserError(
+            f"{args.processes} processes cannot be divided evenly among NNODES={nodes} nodes: change run.processes or run.nodes"
+        )
     log = args.log.with_name(f"{args.log.name}.node-{node}") if node else args.log
     if args.processes == 1:
         command = [sys.executable, *program]
         environment = _single_process()
     else:
         command = [*_torchrun(nodes, node, args.processes // nodes, log), *program]
-        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # torchrun warns else
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # else torchrun warns
     with _gpus(args.gpus) as devices:
-        sys.exit(_run(command, {**os.environ, **environment, **devices}, log))
+        sys.exit(_run(command, {**PASSIVE_WAITING, **os.environ, **environment, **devices}, log))
 
 
 @contextmanager
 def _gpus(count: int) -> Iterator[dict[str, str]]:
-    """Take GPUs of this machine that no other job of ours uses, until the end of the block.
+    """Reserve GPUs of this machine that no other job of ours uses, until the end of the block.
 
-    A job that asks for none gets none, so that two trainings never share one by accident.
+    A job that requests none gets none, so that two trainings never share one by accident.
     """
-    there = visible_gpus() if count else []
-    if len(there) < count:
-        raise UserError(f"{count} GPUs are asked for, this machine has {len(there)}: lower `gpus` in the run")
+    gpus = visible_gpus() if count else []
+    if len(gpus) < count:
+        raise UserError(f"run.gpus = {count}, but this machine has {len(gpus)}: lower `gpus` in the run")
     with ExitStack() as stack:
-        while len(held := list(islice((d for d in there if _take(d, stack)), count))) < count:
+        while len(held := list(islice((gpu for gpu in gpus if _reserve(gpu, stack)), count))) < count:
             stack.close()  # all or none: two jobs that each hold a part would wait for ever
             print(
-                f"waiting for {count} GPUs: {len(held)} of {len(there)} are free", file=sys.stderr, flush=True
+                f"waiting for {count} GPUs: {len(held)} of {len(gpus)} are free", file=sys.stderr, flush=True
             )
             time.sleep(GPU_PAUSE)
-        # Otherwise DeepSpeed probes for every accelerator it knows and warns that it found none.
+        # Without DS_ACCELERATOR DeepSpeed looks for every accelerator it knows, and warns that there is none.
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held), **({} if held else {"DS_ACCELERATOR": "cpu"})}
 
 
-def _take(device: str, stack: ExitStack) -> bool:
-    """Take a device unless another job has it; it is given back when `stack` ends."""
-    name = f"snakemake-rlhf-gpu-{device.replace('/', '-')}.lock"
+def _reserve(gpu: str, stack: ExitStack) -> bool:
+    """Reserve a GPU unless another job has it; `stack` releases it."""
+    name = f"snakemake-rlhf-gpu-{gpu.replace('/', '-')}.lock"
     file = _lock_file(Path(tempfile.gettempdir()) / name)
     stack.callback(os.close, file)
     try:
@@ -90,7 +97,7 @@ def _take(device: str, stack: ExitStack) -> bool:
 
 
 def _lock_file(path: Path) -> int:
-    """Open a lock that users of this machine share; what another one owns need not be writable to lock it."""
+    """Open a lock that users of this machine share; a file need not be writable to be locked."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
@@ -101,7 +108,7 @@ def _lock_file(path: Path) -> int:
 
 
 def _single_process() -> dict[str, str]:
-    """Return what torchrun would set for one process. Port 0 is any free one: nobody else has to know it."""
+    """Return what torchrun would set for one process. Port 0 is any free port: nobody else needs it."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -109,27 +116,39 @@ def _single_process() -> dict[str, str]:
 def _torchrun(nodes: int, node: int, processes: int, log: Path) -> list[str]:
     """Return torchrun's command line: the first process of a node prints, the others write files.
 
-    On one node torchrun itself binds a free port: one that is chosen before may be taken by the time it is used.
+    On one node torchrun itself binds a free port: a port that is chosen earlier may be in use by then.
     """
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     several = [
-        "--nnodes", str(nodes), "--node-rank", str(node), "--master-addr", address, "--master-port", port,
-    ]  # fmt: skip
+        "--nnodes",
+        str(nodes),
+        "--node-rank",
+        str(node),
+        "--master-addr",
+        address,
+        "--master-port",
+        port,
+    ]
     meeting = several if nodes > 1 else ["--standalone", "--local-addr", "127.0.0.1"]
     quiet = ",".join(f"{rank}:3" for rank in range(1, processes))
     return [
-        sys.executable, str(Path(__file__).with_name("run_processes.py")),
-        *meeting, "--nproc-per-node", str(processes),
-        "--log-dir", f"{log}.ranks", *(["--redirects", quiet] if quiet else []),
-        "--",  # what follows is the script's, though torchrun has options that begin alike
-    ]  # fmt: skip
+        sys.executable,
+        str(Path(__file__).with_name("run_processes.py")),
+        *meeting,
+        "--nproc-per-node",
+        str(processes),
+        "--log-dir",
+        f"{log}.ranks",
+        *(["--redirects", quiet] if quiet else []),
+        "--",  # the rest are the script's options, even where torchrun has similar ones
+    ]
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
     """Run to the end, copying output to the terminal and the log; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment["PYTHONUNBUFFERED"] = "1"
-    with log.open("a+b") as file:  # a second try does not wipe out what the first one said
+    with log.open("a+b") as file:  # a second attempt keeps the log of the first
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         signal.signal(signal.SIGTERM, lambda received, _: process.send_signal(received))
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C: the terminal sends it to the script, too
@@ -137,15 +156,15 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
         _copy(process.stdout, file)
         code = process.wait()
         if code < 0:
-            said = f"error: {ended_by(-code)}\n"
-            sys.stderr.write(said)
-            file.write(said.encode())
+            sentence = f"error: {ended_by(-code)}\n"
+            sys.stderr.write(sentence)
+            file.write(sentence.encode())
         _keep(file, log)
     return code if code >= 0 else 128 - code
 
 
 def _keep(file: BinaryIO, log: Path) -> None:
-    """Put what was written back where somebody removed the log meanwhile: Snakemake does, at a second start."""
+    """Write the log again if it was removed meanwhile: Snakemake removes it at a second start."""
     file.flush()
     if log.exists() and os.path.samestat(os.fstat(file.fileno()), log.stat()):
         return
@@ -155,13 +174,13 @@ def _keep(file: BinaryIO, log: Path) -> None:
 
 
 def ended_by(number: int) -> str:
-    """Return in words that a signal ended the script, why that may be, and how to go on."""
+    """Say which signal ended the script, why that may be, and how to resume."""
     why = ", as the kernel does when memory runs out (mem_mb)" if number == signal.SIGKILL else ""
-    return f"the process was ended by {signal.Signals(number).name}{why}; the same command goes on from what is saved"
+    return f"the process was ended by {signal.Signals(number).name}{why}; the same command resumes from the last saved state"
 
 
 def _copy(source: BinaryIO, log: BinaryIO) -> None:
-    """Copy output to stderr as it comes, and to the log with progress bars thinned out."""
+    """Copy output to stderr as it comes, and to the log with few lines of each progress bar."""
     last_bar, pending = 0.0, b""
     while chunk := os.read(source.fileno(), 65536):
         sys.stderr.buffer.write(chunk)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from rlhf import builtin_opt, stage
+from rlhf.entry.job import read_job
 from rlhf.errors import run_main
+from rlhf.sources import builtin_opt
 
 
 def main() -> None:
-    args = stage.arguments(__doc__)
-    with stage.publish(args) as draft:
-        builtin_opt.write_model(args.spec["config"], draft.path)
+    job = read_job(__doc__)
+    with job.publish() as draft:
+        builtin_opt.write_model(job.spec["config"], draft.path)
 
 
 if __name__ == "__main__":

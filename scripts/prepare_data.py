@@ -1,16 +1,19 @@
-"""Tokenise the rows of one phase."""
+"""Tokenise the rows of one stage."""
 
 from __future__ import annotations
 
-from rlhf import preparation, stage
+from rlhf.config.stages import Preparation
+from rlhf.data import preparation
+from rlhf.entry.job import read_job
 from rlhf.errors import run_main
 
 
 def main() -> None:
-    args = stage.arguments(__doc__)
-    datasets = {r.removeprefix("dataset:"): p for r, p in args.parents.items() if r != "tokenizer"}
-    with stage.publish(args) as draft:
-        preparation.prepare(args.spec["config"], args.parents["tokenizer"], datasets, draft.path)
+    job = read_job(__doc__)
+    config = Preparation.model_validate(job.spec["config"])
+    datasets = {role.removeprefix("dataset:"): p for role, p in job.parents.items() if role != "tokenizer"}
+    with job.publish() as draft:
+        preparation.prepare(config, job.parents["tokenizer"], datasets, draft.path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""torchrun, except that it exits with 2 when a process ended with a user error, and ends by the signal that ended it.
+"""torchrun, with two differences: exit code 2 for a user error, and it dies by the signal that ended it.
 
-`launch.py` runs it; it takes torchrun's command line.
+`launch.py` runs it, with torchrun's command line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-USER_ERROR = 2  # of `rlhf.errors.run_main`
+from rlhf.errors import USER_ERROR
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
             sys.exit(USER_ERROR)
         print(error.format_msg(), file=sys.stderr)
         sys.exit(1)
-    except SignalException as stopped:  # it has handed the signal on; `launch.py` tells what it was
+    except SignalException as stopped:  # torchrun has passed the signal on; `launch.py` reports it
         signal.signal(stopped.sigval, signal.SIG_DFL)
         os.kill(os.getpid(), stopped.sigval)
 

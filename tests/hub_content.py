@@ -1,4 +1,4 @@
-"""Small models and datasets in the exact layouts of the seed's repositories on the Hub."""
+"""Small models and datasets in the exact layouts of DeepSpeed-Chat's repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import OPTConfig, OPTForCausalLM, set_seed
 
-from rlhf.builtin_chats import chats, pairs
+from rlhf.sources.builtin_chats import chats, pairs
 
 VOCABULARY = 600
 PROMPT = "\n\nHuman: {}\n\nAssistant:"
 
 # As `facebook/opt-*` publish it: BOS and EOS are one token, and the tokenizer itself adds the BOS.
 OPT_TOKENIZER = {
-    "errors": "replace", "add_prefix_space": False, "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer",
-    "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>",
-}  # fmt: skip
+    "errors": "replace",
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "tokenizer_class": "GPT2Tokenizer",
+    "bos_token": "</s>",
+    "eos_token": "</s>",
+    "unk_token": "</s>",
+    "pad_token": "<pad>",
+}
 
 
 def opt(
@@ -39,9 +45,14 @@ def opt(
     set_seed(seed)
     quirks = {"word_embed_proj_dim": 16, "do_layer_norm_before": False} if like_350m else {}
     config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, **{"word_embed_proj_dim": 32, **quirks},
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        **{"word_embed_proj_dim": 32, **quirks},
+    )
     model = OPTForCausalLM(config).half()
     model.config.save_pretrained(path)
     tensors = {k.replace("model.", prefix, 1): v.clone() for k, v in model.state_dict().items()}
@@ -86,12 +97,16 @@ def _conversations(start: int, count: int) -> list[dict]:
 
 
 def rm_static(path: Path, rows: int = 600) -> None:
-    """Write pairs as `Dahoas/rm-static` holds them: prompts with turns, replies with a leading space."""
+    """Write pairs as `Dahoas/rm-static` holds them: prompts with turns, responses with a leading space."""
     found = [
-        {"prompt": PROMPT.format(r["prompt"]), "response": " " + r["chosen"], "chosen": " " + r["chosen"],
-         "rejected": " " + r["rejected"]}
+        {
+            "prompt": PROMPT.format(r["prompt"]),
+            "response": " " + r["chosen"],
+            "chosen": " " + r["chosen"],
+            "rejected": " " + r["rejected"],
+        }
         for r in _conversations(0, rows)
-    ]  # fmt: skip
+    ]
     found[1]["prompt"] = "\n\nHuman: hi\n\nAssistant: hello, how are you?" + found[1]["prompt"]
     _parquet(path, "train", found)
     _parquet(path, "test", found[:10])
@@ -100,10 +115,14 @@ def rm_static(path: Path, rows: int = 600) -> None:
 def full_hh_rlhf(path: Path, rows: int = 600) -> None:
     """Write pairs as `Dahoas/full-hh-rlhf` holds them; some prompts are rm-static's too."""
     found = [
-        {"prompt": PROMPT.format(r["prompt"]), "response": " " + r["chosen"], "chosen": " " + r["chosen"],
-         "rejected": " " + r["rejected"]}
+        {
+            "prompt": PROMPT.format(r["prompt"]),
+            "response": " " + r["chosen"],
+            "chosen": " " + r["chosen"],
+            "rejected": " " + r["rejected"],
+        }
         for r in _conversations(300, rows)
-    ]  # fmt: skip
+    ]
     _parquet(path, "train", found)
     _parquet(path, "test", found[:10])
 
@@ -121,8 +140,8 @@ def _parquet(path: Path, split: str, rows: list[dict]) -> None:
     datasets.Dataset.from_list(rows).to_parquet(file)
 
 
-def seeds_repositories(root: Path) -> None:
-    """Write two OPTs and the seed's three datasets, small, in a server's directory."""
+def deepspeed_chats_repositories(root: Path) -> None:
+    """Write two OPTs and DeepSpeed-Chat's three datasets, small, in a server's directory."""
     opt(root / "models/facebook/opt-1.3b", shards=2, prefix="")
     opt(root / "models/facebook/opt-350m", like_350m=True, seed=2)
     rm_static(root / "datasets/Dahoas/rm-static")

@@ -12,13 +12,13 @@ from hub_server import Local
 class Proxy(Local):
     """The proxy; use it as a context manager.
 
-    Every name leads to the port `behind` of this machine. `asked` are the targets of all CONNECTs; with
-    `answer` (a status) they are refused.
+    Every name leads to the port `behind` of this machine. `requests` are the targets of all CONNECTs; with
+    another `status` than 200 they are refused.
     """
 
     def __init__(self, behind: int) -> None:
         super().__init__(_Handler)
-        self.behind, self.asked, self.answer = behind, [], 200
+        self.behind, self.requests, self.status = behind, [], 200
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -28,11 +28,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_CONNECT(self) -> None:
-        self.owner.asked.append(self.path)
+        self.owner.requests.append(self.path)
         self.close_connection = True
-        self.send_response(self.owner.answer)
+        self.send_response(self.owner.status)
         self.end_headers()
-        if self.owner.answer == 200:
+        if self.owner.status == 200:
             with socket.create_connection(("127.0.0.1", self.owner.behind)) as server:
                 back = threading.Thread(target=_pass_on, args=(server, self.connection), daemon=True)
                 back.start()

@@ -51,7 +51,7 @@ class Local:
 class HubServer(Local):
     """The server; use it as a context manager. With `tls` it speaks HTTPS.
 
-    `faults` are used up one per request of a file. `sent` are (file, start, bytes) of every answer.
+    `faults` are used up one per request of a file. `sent` are (file, start, bytes) of every response.
     `secrets` are repository -> token that may read it; `gated` those whose terms must be accepted.
     """
 
@@ -73,7 +73,7 @@ class HubServer(Local):
     def files(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return (commit, file -> content) of a revision."""
         folder = self.root / kind / name
-        if revision == "refs/convert/parquet":  # a branch of its own, which lies beside the repository
+        if revision == "refs/convert/parquet":  # a branch of its own, which is beside the repository
             found = self.files(kind, f"{name}.convert", "main")
             if found is not None:
                 self.commits[kind, name, found[0]] = found[1]
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)  # as a proxy it is asked for whole addresses
+        path = unquote(urlsplit(self.path).path)  # as a proxy requests have whole addresses
         self.owner.hosts.add(self.headers.get("Host", ""))
         self.owner.requests.append(f"{self.command} {path}")
         try:
@@ -154,10 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "html":
             body = b"<html>sign in</html>"
         else:
-            answer = {"id": name, "sha": "0" * 40 if fault == "commit" else commit, "private": False}
-            answer["siblings"] = [self._sibling(n, c) for n, c in sorted(files.items())]
-            answer["siblings"][-1].update(self.owner.listed)
-            body = json.dumps(answer).encode()
+            listing = {"id": name, "sha": "0" * 40 if fault == "commit" else commit, "private": False}
+            listing["siblings"] = [self._sibling(n, c) for n, c in sorted(files.items())]
+            listing["siblings"][-1].update(self.owner.listed)
+            body = json.dumps(listing).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -188,10 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, file: str, content: bytes, fault: str, commit: str) -> None:
         size, start, end = len(content), 0, len(content)
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and fault != "no range":
-            start, end = int(asked[1]), min(int(asked[2] or size) + 1, size)
-        self.send_response(206 if asked and fault != "no range" else 200)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and fault != "no range":
+            start, end = int(wanted[1]), min(int(wanted[2] or size) + 1, size)
+        self.send_response(206 if wanted and fault != "no range" else 200)
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size + (fault == 'size')}")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
+from rlhf.machine import is_rank_zero
+
+USER_ERROR = 2  # exit code of a process that ends with a `UserError`
+
 
 class UserError(Exception):
-    """Something a user can mend; printed without a traceback, exit code 2."""
+    """A mistake that a user can correct; printed without a traceback, exit code 2."""
 
 
 class ConfigError(UserError):
@@ -22,35 +25,35 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A dataset or an artefact does not hold what it should."""
+    """A dataset or an artefact does not have the content that it should."""
 
 
 class DivergenceError(UserError):
-    """A training gave a number that is not finite."""
+    """A training produced a number that is not finite."""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what a library says of an error, to stand within a sentence of ours."""
+    """Return the first line of a library's error, to be part of a sentence of ours."""
     return str(error).strip().partition("\n")[0].rstrip(". ")
 
 
 def one_line(error: Exception) -> str:
-    """Return all that a library says of an error, as one line."""
+    """Return a library's error as one line."""
     return " ".join(str(error).split())
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if is_rank_zero() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupts())
-    gc.freeze()  # what was imported stays: the collector need not go over it again, nor at the end
+    gc.freeze()  # imported objects stay: the collector need not visit them again, nor at the end
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -59,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
 def _interrupts() -> Callable[[int, FrameType | None], None]:
     """Return a handler of SIGINT that raises KeyboardInterrupt, once a second.
 
-    What several send for one Ctrl-C, the terminal and torchrun, would otherwise break off how the first one ends.
+    For one Ctrl-C the terminal and torchrun each send a signal: the second must not interrupt the cleanup.
     """
     last = -math.inf
 

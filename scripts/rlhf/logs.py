@@ -1,13 +1,13 @@
-"""What the log of a job says of how it ended."""
+"""How a job ended, from its log."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# Of a user's mistake, or the last line of a traceback; other processes' lines carry their ranks.
+# A user's mistake, or the last line of a traceback; lines of other processes begin with their rank.
 ERROR = re.compile(r"(\[rank\d+\]: *)?(error: |([\w.]+\.)?\w*(Error|Exception|Interrupt)\b)")
-END = 50  # lines: what stands further up was survived
+END = 50  # lines: the job survived errors further up
 
 
 def last_words(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the machine at hand has."""
+"""The machine at hand, and this process's rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
-INVALID = ("", "-1", "NoDevFiles")  # CUDA sees no device from the first such name on
+INVALID = ("", "-1", "NoDevFiles")  # CUDA ignores this name and all after it
 
 
 def visible_gpus() -> list[str]:
@@ -16,3 +16,8 @@ def visible_gpus() -> list[str]:
         names = (name.strip() for name in visible.split(","))
         return list(takewhile(lambda name: name not in INVALID, names))
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def is_rank_zero() -> bool:
+    """Return whether this is the first process of a training, or the only one; needs no torch."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,6 +1,6 @@
-"""Processes of one training: who we are, sums over all, rows from all.
+"""The processes of one training, and torch's collectives over them.
 
-Without other processes every function gives back what it was given.
+With one process every function returns its argument.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Item = TypeVar("Item")
 
 def device() -> torch.device:
     """Return this process's device."""
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
         return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator()
-    return torch.device(kind.type, torch.accelerator.current_device_index())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def rank() -> int:
@@ -45,10 +45,10 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """End this process, if it is one of several, once all have come here; what they make is written by then.
+    """End this process, if it is one of several, once all are here.
 
-    At a regular end threads of the backend that are still there may abort the process (SIGABRT, seen with
-    gloo about once in a hundred runs), and torchrun would call the whole training failed.
+    Call it last: it skips Python's own shutdown. There, threads of the backend may abort the process
+    (SIGABRT, seen with gloo about once in a hundred runs), and torchrun would report a failed training.
     """
     if world_size() > 1:
         barrier()
@@ -59,12 +59,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def own(items: Sequence[Item]) -> Sequence[Item]:
-    """Return this process's items: every `world_size`-th one, so that sorted ones are spread evenly."""
+def own_share(items: Sequence[Item]) -> Sequence[Item]:
+    """Return this process's items: every `world_size`-th one, so that sorted items are spread evenly."""
     return items[rank() :: world_size()]
 
 
-def total(values: Mapping[str, float]) -> dict[str, float]:
+def all_sum(values: Mapping[str, float]) -> dict[str, float]:
     """Return each value summed over all processes, in double precision."""
     if world_size() == 1:
         return dict(values)
@@ -73,8 +73,8 @@ def total(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def most(numbers: Sequence[int]) -> list[int]:
-    """Return the largest of each number over all processes."""
+def all_max(numbers: Sequence[int]) -> list[int]:
+    """Return the largest value of each number over all processes."""
     if world_size() == 1:
         return list(numbers)
     found = torch.tensor(numbers, device=device())
@@ -82,8 +82,8 @@ def most(numbers: Sequence[int]) -> list[int]:
     return [int(n) for n in found]
 
 
-def rows(x: Tensor) -> Tensor:
-    """Return (W * N, ...): the N rows of every process, in the order of ranks; shapes are equal."""
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Return (W * N, ...) from (N, ...): the rows of all W processes, by rank; shapes are equal."""
     if world_size() == 1:
         return x
     sent = x.to(torch.uint8) if x.dtype == torch.bool else x
@@ -92,8 +92,8 @@ def rows(x: Tensor) -> Tensor:
     return torch.cat(received).to(x.dtype)
 
 
-def gathered(items: list[Item]) -> list[Item]:
-    """Return the items of every process, in the order of ranks; small picklable ones."""
+def all_gather_objects(items: list[Item]) -> list[Item]:
+    """Return the items of every process, by rank; they are small and can be pickled."""
     if world_size() == 1:
         return items
     received: list[Any] = [None] * world_size()
@@ -101,8 +101,8 @@ def gathered(items: list[Item]) -> list[Item]:
     return [item for part in received for item in part]
 
 
-def told(value: Item) -> Item:
-    """Return rank 0's value; any small picklable one."""
+def broadcast_object(value: Item) -> Item:
+    """Return rank 0's value, which is small and can be pickled."""
     if world_size() == 1:
         return value
     box = [value]
@@ -112,10 +112,10 @@ def told(value: Item) -> Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes of consecutive ranks that do one thing together."""
+    """Processes of consecutive ranks that compute one thing together."""
 
     ranks: range
-    handle: Any  # torch's; None where there is one process
+    handle: Any  # torch's group; None with one process
 
     @property
     def size(self) -> int:
@@ -123,7 +123,7 @@ class Group:
         return len(self.ranks)
 
     @property
-    def place(self) -> int:
+    def position(self) -> int:
         """This process's number among them, from 0."""
         return self.ranks.index(rank())
 
@@ -136,15 +136,15 @@ def group(size: int) -> Group:
     return Group(range(first, first + size), handle)
 
 
-def summed(x: Tensor, group: Group) -> Tensor:
-    """Return `x` summed over a group, in place: the same bits in each of its processes."""
+def group_sum(x: Tensor, group: Group) -> Tensor:
+    """Return `x`, any shape, summed over a group, in place: the same bits in each of its processes."""
     if group.size > 1:
         dist.all_reduce(x, group=group.handle)
     return x
 
 
-def agreed(x: Tensor, group: Group) -> Tensor:
-    """Return what the first process of a group has."""
+def group_broadcast(x: Tensor, group: Group) -> Tensor:
+    """Return the `x`, any shape, of a group's first process."""
     if group.size > 1:
         x = x.contiguous()
         dist.broadcast(x, group_src=0, group=group.handle)

@@ -1,12 +1,13 @@
-"""Progress bars. `launch.py` thins them out in logs."""
+"""Progress bars. `launch.py` writes few of their updates to logs."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from rlhf.machine import is_rank_zero
 
 Item = TypeVar("Item")
 
@@ -20,12 +21,18 @@ def progress(
     total: int | None = None,
     scale: bool = False,
 ) -> tqdm[Item]:
-    """Return a bar over `items` (None: moved by hand), shown by rank 0 only.
+    """Return a bar over `items` (None: updated by hand), shown by rank 0 only.
 
-    Args:
-        scale: figures in k, M, G.
+    It has six parameters because tqdm has: `start` and `total` are in units, `scale` shows k, M, G.
     """
     return tqdm(
-        items, desc=what, unit=unit, initial=start, total=total, mininterval=1.0, unit_scale=scale,
-        dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0",
-    )  # fmt: skip
+        items,
+        desc=what,
+        unit=unit,
+        initial=start,
+        total=total,
+        mininterval=1.0,
+        unit_scale=scale,
+        dynamic_ncols=True,
+        disable=not is_rank_zero(),
+    )

@@ -1,4 +1,4 @@
-"""Text of a model, made fit for a terminal."""
+"""A model's text, made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Replace control characters but line ends and tabs: a model may sample any, and terminals obey them."""
+    """Replace control characters except line ends and tabs: a model may sample any, and terminals obey them."""
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

@@ -25,9 +25,14 @@ def publish(path: Path, shards: int) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
-        vocab_size=2000, hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=12,
-        num_attention_heads=16, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=1024,
+        word_embed_proj_dim=1024,
+        ffn_dim=4096,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        max_position_embeddings=128,
+    )
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in OPTForCausalLM(config).state_dict().items()}
     config.save_pretrained(path)
@@ -38,12 +43,12 @@ def publish(path: Path, shards: int) -> None:
 
 
 def child(root: Path) -> None:
-    from rlhf import weights
+    from rlhf.sources import weights
 
     (root / "out").mkdir()
-    weights.Conversion.of(root / "hub")  # what the libraries take is no part of it
+    weights.Conversion.of(root / "hub")  # the libraries' own memory does not count
     input("ready\n")
-    weights.bring(root / "hub", root / "out", root / "work", ours=False)
+    weights.import_weights(root / "hub", root / "out", root / "work", ours=False)
 
 
 def grown_mb(root: Path) -> int:

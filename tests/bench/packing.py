@@ -1,11 +1,11 @@
-"""Benchmark: useful tokens per second of step 1, packed and padded, on texts of real lengths.
+"""Benchmark: useful tokens per second of SFT, packed and padded, on texts of real lengths.
 
     python scripts/launch.py --log /tmp/packing.log tests/bench/packing.py
 
 Prompts are log-normal, mean 150, sd 110, 8 to 400 tokens; responses mean 55, sd 50, 4 to 110. A useful token
 is one of a prompt or a response. `padded` pads a micro-batch to its longest row; `packed` sees the same rows in
-the same batches. `padded, as trained` has its batches from `order.batch`: rows of like length. It fails if
-packing does not do 1.6 times the useful tokens per second of `padded`.
+the same batches. `padded, as trained` has its batches from `order.batch`: rows of similar length. It fails if
+packing has less than 1.6 times the useful tokens per second of `padded`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from rlhf import config, engine, order, packing, parallel, sft, supervised
-from rlhf.batch import BatchPlan
+from rlhf import parallel
+from rlhf.config import training
+from rlhf.config.batch import BatchPlan
+from rlhf.data import order
+from rlhf.models import packing
+from rlhf.training import engine, sft, supervised
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "math"))
 import trainings
 
 PAD, MAX_TOKENS, LEAST = 1, 512, 1.6
 WINDOW = 32  # batches within which a training groups rows by length
-OPTIMIZER = config.Optimizer(
-    learning_rate=1e-4, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, max_grad_norm=1.0,
-    schedule="constant", warmup_steps=0, final_ratio=1.0,
-)  # fmt: skip
+OPTIMIZER = training.Optimizer(
+    learning_rate=1e-4,
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    max_grad_norm=1.0,
+    schedule="constant",
+    warmup_steps=0,
+    final_ratio=1.0,
+)
 
 
 def lengths(draw: np.random.Generator, count: int, mean: float, sd: float, least: int, most: int):
@@ -50,7 +60,7 @@ def rows(count: int, vocabulary: int) -> list[list[np.ndarray]]:
 def speeds(trained, ways: dict[str, tuple[list, int | None]], micro: int) -> dict[str, float]:
     """Return useful tokens per second of each way: name -> its batches of rows, and to what they are packed.
 
-    The ways take turns, so that whatever else the machine does slows all of them. First batches do not count.
+    The ways take turns, so that other load on the machine slows all of them. First batches do not count.
     """
     seconds = dict.fromkeys(ways, 0.0)
     for number in range(len(next(iter(ways.values()))[0])):
@@ -73,8 +83,15 @@ def now() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in (("hidden", 256), ("layers", 4), ("vocabulary", 8192), ("batch", 32), ("micro", 16),
-                        ("steps", 6), ("threads", 2)):  # fmt: skip
+    for name, value in (
+        ("hidden", 256),
+        ("layers", 4),
+        ("vocabulary", 8192),
+        ("batch", 32),
+        ("micro", 16),
+        ("steps", 6),
+        ("threads", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
@@ -86,31 +103,44 @@ def main() -> None:
     engine.start(run, args.dtype)
     torch.manual_seed(0)
     with parallel.device():  # where weights are drawn quickly
-        model = OPTForCausalLM(OPTConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, word_embed_proj_dim=args.hidden,
-            ffn_dim=4 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-            max_position_embeddings=MAX_TOKENS, dropout=0.0,
-        )).to(engine.DTYPES[args.dtype])  # fmt: skip
+        model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=args.vocabulary,
+                hidden_size=args.hidden,
+                word_embed_proj_dim=args.hidden,
+                ffn_dim=4 * args.hidden,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.hidden // 64,
+                max_position_embeddings=MAX_TOKENS,
+                dropout=0.0,
+            )
+        ).to(engine.DTYPES[args.dtype])
     batch = BatchPlan(args.batch, args.micro, 1, args.batch // args.micro)
-    trained = engine.initialise(model, OPTIMIZER, None, batch, args.dtype, 1000, run)
+    trained = engine.initialize(model, engine.Recipe(OPTIMIZER, None, batch, 1000, args.dtype, run))
     data = rows(args.batch * WINDOW, args.vocabulary)
     tokens, steps = np.array([sum(map(len, row)) for row in data]), range(args.steps)
     chosen = [order.stream(len(data), 1, step * args.batch, args.batch) for step in steps]
     grouped = [order.batch(tokens, args.batch, step, len(steps), 1, WINDOW) for step in steps]
     as_they_come, by_length = ([[data[i] for i in rows] for rows in way] for way in (chosen, grouped))
-    found = speeds(trained, {
-        "padded": (as_they_come, None),
-        "padded, as trained": (by_length, None),
-        "packed, mask": (as_they_come, MAX_TOKENS),
-    }, args.micro)  # fmt: skip
-    packing.choose(model, args.dtype)
-    if packing.by_kernel(model):
+    found = speeds(
+        trained,
+        {
+            "padded": (as_they_come, None),
+            "padded, as trained": (by_length, None),
+            "packed, mask": (as_they_come, MAX_TOKENS),
+        },
+        args.micro,
+    )
+    packing.choose_attention(model, args.dtype)
+    if packing.uses_kernel(model):
         found |= speeds(trained, {"packed, kernels": (as_they_come, MAX_TOKENS)}, args.micro)
-    print(f"{parallel.device()}, {args.dtype}, OPT {args.layers} x {args.hidden}, {args.batch} rows a step in"
-          f" micro-batches of {args.micro}, {tokens.mean():.0f} tokens a row on average")  # fmt: skip
+    print(
+        f"{parallel.device()}, {args.dtype}, OPT {args.layers} x {args.hidden}, {args.batch} rows a step in"
+        f" micro-batches of {args.micro}, {tokens.mean():.0f} tokens a row on average"
+    )
     for name, speed in found.items():
         print(f"{name:<20} {speed:9,.0f} useful tokens/s   {speed / found['padded']:.2f}")
-    *_, packed = found.values()  # as `packing.choose` has it
+    *_, packed = found.values()  # as `packing.choose_attention` has it
     if packed < LEAST * found["padded"]:
         sys.exit(f"packing does less than {LEAST} times the useful tokens per second of padding")
 

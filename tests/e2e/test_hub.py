@@ -20,7 +20,7 @@ from conftest import Pipeline
 from hub_server import HubServer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.rows import Rows
+from rlhf.data.rows import Rows
 
 RUN = "{micro_batch_size: 8, threads: 1, save_steps: 10}"
 SCENARIO = f"""
@@ -57,7 +57,7 @@ def volume(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
-    hub_content.seeds_repositories(root)
+    hub_content.deepspeed_chats_repositories(root)
     return root
 
 
@@ -78,7 +78,7 @@ def test_the_scenario_is_planned_without_a_network(empty):
     assert "Dataset: Dahoas/rm-static at main, from the Hub for hub" in text
 
 
-def test_a_model_comes_out_and_only_what_is_needed_was_asked_for(trained):
+def test_an_actor_is_built_and_only_needed_files_are_requested(trained):
     actor = AutoModelForCausalLM.from_pretrained(trained.volume / "results/hub/rlhf/actor")
     assert actor.config.hidden_size == 32
     files = [r.rpartition("/")[2] for r in trained.served if "/resolve/" in r]
@@ -86,13 +86,13 @@ def test_a_model_comes_out_and_only_what_is_needed_was_asked_for(trained):
     assert len([r for r in trained.served if "/revision/" in r]) == 5
 
 
-def test_the_350m_s_quirks_survive_into_the_reward_model(trained):
+def test_the_reward_model_keeps_the_architecture_of_opt_350m(trained):
     path = trained.volume / "store/reward"
     scorer = AutoModelForSequenceClassification.from_pretrained(next(path.iterdir()) / "model")
     assert (scorer.config.word_embed_proj_dim, scorer.config.do_layer_norm_before) == (16, False)
 
 
-def test_the_downloaded_model_carries_its_commit_and_no_pickle(trained):
+def test_a_downloaded_model_records_its_commit_and_has_no_pickle(trained):
     model = trained.volume / "models/facebook/opt-1.3b@main"
     source = json.loads((model / "provenance.json").read_text())["source"]
     recorded = json.loads((trained.volume / "rlhf.lock").read_text())
@@ -102,7 +102,7 @@ def test_the_downloaded_model_carries_its_commit_and_no_pickle(trained):
     assert not list((trained.volume / "work").glob("*/*/*/files"))
 
 
-def test_no_prompt_is_in_two_phases_and_the_card_counts_every_row(trained):
+def test_no_prompt_is_in_two_stages_and_the_card_counts_every_row(trained):
     rows = {
         "Dahoas/rm-static": 600,
         "Dahoas/full-hh-rlhf": 600,
@@ -113,7 +113,7 @@ def test_no_prompt_is_in_two_phases_and_the_card_counts_every_row(trained):
         card = json.loads(path.read_text())
         for name, counts in card["datasets"].items():
             assert sum(counts.values()) == rows[name]
-        prompts[card["phase"]] = {row[0].tobytes() for row in Rows(path.parent / "train")}
+        prompts[card["stage"]] = {row[0].tobytes() for row in Rows(path.parent / "train")}
     assert len(prompts) == 3
     for a, b in combinations(prompts.values(), 2):
         assert not a & b
@@ -125,8 +125,8 @@ def test_without_the_server_there_is_nothing_to_do_and_another_scenario_trains(t
     before = {path: path.stat().st_mtime_ns for path in trained.volume.glob("*/*/*/provenance.json")}
     trained.snakemake("results/other/rlhf/actor", config=SCENARIO + "\noffline: true\n")
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    made = {stage: len(list((store / stage).iterdir())) for stage in ("sft", "reward", "rlhf", "data")}
-    assert made == {"sft": 2, "reward": 2, "rlhf": 2, "data": 3}
+    counts = {stage: len(list((store / stage).iterdir())) for stage in ("sft", "reward", "rlhf", "data")}
+    assert counts == {"sft": 2, "reward": 2, "rlhf": 2, "data": 3}
     actors = [trained.volume / f"results/{name}/rlhf/actor" for name in ("hub", "other")]
     weights = [AutoModelForCausalLM.from_pretrained(actor).state_dict() for actor in actors]
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
@@ -141,7 +141,7 @@ def test_offline_a_missing_model_is_an_error_in_one_sentence(empty):
 
 
 def test_models_and_datasets_on_the_volume_are_used_without_a_download(empty, hub):
-    """As the seed's users have them: a clone of the repository, `save_to_disk`, JSON lines."""
+    """As users of DeepSpeed-Chat have them: a clone of the repository, `save_to_disk`, JSON lines."""
     (empty.volume / "models").mkdir()
     shutil.copytree(hub / "models/facebook/opt-1.3b", empty.volume / "models/opt-13b")
     rows = datasets.load_dataset(str(hub / "datasets/Dahoas/rm-static"), split="train")
@@ -165,16 +165,16 @@ CHUNK = 1 << 20
 # The script as it is, but for the size of a range: a kill in a big one would prove little.
 FETCH = """
 import runpy, sys
-from rlhf import download
+from rlhf.sources import download
 download.CHUNK = int(sys.argv.pop(1))
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_download_that_is_killed_at_any_moment_goes_on_where_it_was(tmp_path):
-    """Killed 20 times: every process asks first for what the part on disk lacks, and no kill costs more
-    than one chunk; the bytes are right, and no litter is left."""
+def test_a_download_that_is_killed_at_any_moment_resumes(tmp_path):
+    """Killed 20 times: each process first requests the rest of the part on disk, and no kill costs more
+    than one chunk; the bytes are right, and no partial file is left."""
     draw = random.Random(7)
     folder = tmp_path / "hub/datasets/a/b"
     folder.mkdir(parents=True)
@@ -194,7 +194,7 @@ def test_a_download_that_is_killed_at_any_moment_goes_on_where_it_was(tmp_path):
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
             assert process.wait(timeout=120) == -signal.SIGKILL
-            time.sleep(0.05)  # what it had asked for is answered, to nobody
+            time.sleep(0.05)  # the server still sends what it requested
             sizes.append(part.stat().st_size if part.exists() else 0)
             begun.append(len(server.sent))
         assert start_fetch(volume, server).wait(timeout=120) == 0
@@ -208,9 +208,9 @@ def test_a_download_that_is_killed_at_any_moment_goes_on_where_it_was(tmp_path):
     print(f"fetched again per kill: {sum(again) / KILLS / 2**20:.2f} MiB, at most {max(again) / 2**20:.2f}")
     assert max(again) <= CHUNK
     assert len(set(sizes)) > KILLS / 2
-    made = volume / "datasets/a/b@main"
-    assert (made / "files/train.parquet").read_bytes() == content
-    assert [p.name for p in made.parent.iterdir()] == ["b@main"]
+    artefact = volume / "datasets/a/b@main"
+    assert (artefact / "files/train.parquet").read_bytes() == content
+    assert [p.name for p in artefact.parent.iterdir()] == ["b@main"]
     assert not list(volume.rglob("*.part"))
 
 

@@ -1,4 +1,4 @@
-"""A smaller `make learn` of one seed: PPO on two processes with ZeRO-2 learns, its control, on one, does not."""
+"""A smaller `make learn` of one seed: PPO on two processes with ZeRO-2 learns; its control on one does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCENARIOS = {
 
 
 def test_tiny_learns_what_is_preferred_and_a_control_with_shuffled_scores_does_not(empty):
-    """The bounds are those of `make learn`: an artefact does not depend on how many processes make it."""
+    """The bounds are those of `make learn`: an artefact does not depend on how many processes build it."""
     config = f"scenarios: {json.dumps(SCENARIOS)}"
     empty.snakemake(*(f"results/{name}/rlhf/eval" for name in SCENARIOS), config=config)
     rises = {}

@@ -15,7 +15,8 @@ import torch
 from conftest import Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf import builtin_chats, jsonl
+from rlhf import jsonl
+from rlhf.sources import builtin_chats
 
 PAIRS = 400  # of chats: what takes long here is the model
 COLUMNS = "{prompt: prompt, chosen: chosen, rejected: rejected}"  # each prompt is a group of its own
@@ -72,8 +73,8 @@ def volume(tmp_path_factory):
     return volume
 
 
-def test_it_goes_through_every_stage(volume):
-    """It knows the language that it is trained on, and keeps its own words and template."""
+def test_a_published_model_goes_through_every_stage(volume):
+    """Its first loss is that of a model that knows the language; it keeps its vocabulary and template."""
     Pipeline(volume).snakemake("results/smollm/rlhf/actor", config=SCENARIO)
     first = json.loads(next(volume.glob("store/sft/*/metrics.jsonl")).read_text().splitlines()[0])
     published, trained = volume / "models/smollm2", volume / "results/smollm/rlhf/actor"
@@ -83,7 +84,7 @@ def test_it_goes_through_every_stage(volume):
     AutoModelForCausalLM.from_pretrained(trained)
 
 
-def test_chat_answers_sensibly_from_the_fetched_model(volume):
+def test_chat_with_the_fetched_model_gives_a_sensible_response(volume):
     Pipeline(volume).snakemake("results/smollm/sft/actor", config=SCENARIO)
     (model,) = (volume / "models/local").iterdir()
     chat = [sys.executable, str(Pipeline(volume).project / "scripts/chat.py"), str(model)]

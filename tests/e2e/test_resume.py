@@ -1,4 +1,4 @@
-"""Killed at a step and resumed, a stage makes the same bytes as one that was not."""
+"""A stage that is killed and resumed makes the same bytes as one that ran through."""
 
 from __future__ import annotations
 
@@ -18,21 +18,34 @@ RESULT = {"sft": "sft/actor", "reward": "reward/model", "rlhf": "rlhf/actor"}
 
 
 def start(smoke, stage: str, published: Path, tmp_path: Path, **changes: int) -> subprocess.Popen:
-    """Start a stage's script as its rule does, writing elsewhere; `changes` are of how it runs."""
+    """Start a stage's script as its rule does, writing elsewhere; `changes` override its `run`."""
     provenance = json.loads((published / "provenance.json").read_text())
-    spec = {name: provenance[name] for name in ("stage", "config", "parents", "code")}
+    spec = {name: provenance[name] for name in ("stage", "config", "parents", "code", "seed")}
     run = json.loads((published / "run.json").read_text())["run"] | changes
     command = [
-        sys.executable, str(smoke.project / "scripts/launch.py"),
-        "--processes", str(run["processes"]), "--log", str(tmp_path / "log"),
-        str(smoke.project / "scripts" / ENTRY[stage]), "--spec", json.dumps(spec), "--run", json.dumps(run),
-        "--output", str(tmp_path / "again"), "--work", str(tmp_path / "work"), "--board", str(tmp_path / "board"),
-    ]  # fmt: skip
+        sys.executable,
+        str(smoke.project / "scripts/launch.py"),
+        "--processes",
+        str(run["processes"]),
+        "--log",
+        str(tmp_path / "log"),
+        str(smoke.project / "scripts" / ENTRY[stage]),
+        "--spec",
+        json.dumps(spec),
+        "--run",
+        json.dumps(run),
+        "--output",
+        str(tmp_path / "again"),
+        "--work",
+        str(tmp_path / "work"),
+        "--board",
+        str(tmp_path / "board"),
+    ]
     return subprocess.Popen(command, cwd=smoke.volume, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Return name -> content of an artefact's files, but for the record of the run."""
+    """Return name -> content of an artefact's files, without the record of the run."""
     ignored = ("run.json", ".snakemake_timestamp")
     return {
         p.relative_to(path).as_posix(): p.read_bytes()
@@ -71,7 +84,7 @@ def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path)
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def test_a_process_of_two_that_is_killed_ends_both_and_the_stage_resumes_with_the_same_bytes(smoke, tmp_path):
+def test_one_killed_process_of_two_ends_both_and_the_stage_resumes_with_the_same_bytes(smoke, tmp_path):
     published, two = (
         smoke.artefact("smoke/rlhf/actor"),
         {"processes": 2, "zero_stage": 2, "micro_batch_size": 16},
@@ -89,18 +102,18 @@ def test_a_process_of_two_that_is_killed_ends_both_and_the_stage_resumes_with_th
     assert ours == theirs
 
 
-def test_a_state_of_another_cut_is_refused(smoke, tmp_path):
+def test_a_state_of_another_shard_layout_is_refused(smoke, tmp_path):
     published = smoke.artefact("smoke/sft/actor")
     kill_with_states(start(smoke, "sft", published, tmp_path), tmp_path)
     assert start(smoke, "sft", published, tmp_path, zero_stage=2).wait(timeout=600) == 2
-    said = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
     assert (
         "was saved with processes: 1, zero_stage: 0; the configuration says processes: 1, zero_stage: 2"
-        in said
+        in log
     )
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before(smoke, tmp_path):
+def test_a_damaged_state_is_not_used_but_the_one_before_it_is(smoke, tmp_path):
     published = smoke.artefact("smoke/reward/model")
     kill_with_states(start(smoke, "reward", published, tmp_path), tmp_path, count=2)
     newest = sorted((tmp_path / "work").glob("step-*"))[-1]
@@ -118,7 +131,7 @@ def test_a_second_process_on_the_same_state_is_refused(smoke, tmp_path):
         assert first.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)
-    os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one has begun
+    os.killpg(first.pid, signal.SIGSTOP)  # so that it does not end before the second one begins
     assert start(smoke, "sft", published, tmp_path).wait(timeout=600) == 2
     assert "makes the same artefact" in (tmp_path / "log").read_text()
     os.killpg(first.pid, signal.SIGKILL)

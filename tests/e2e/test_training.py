@@ -1,4 +1,4 @@
-"""What may change how a stage is run, and what it must not change."""
+"""Settings that say how a stage is executed change no result, and optional features work together."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf.training.metric_names import PPO_METRICS
+
 
 def column(path, name):
     return [json.loads(line)[name] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_micro_batches_give_the_gradients_and_losses_of_whole_batches(smoke, tmp_path):
-    """`run` is no part of a name: the same artefact, made with four micro-batches a step.
+    """`run` is not part of a name: the same artefact, built with four micro-batches a step.
 
-    The first steps agree but for rounding, which Adam then enlarges from step to step.
+    The first steps agree within rounding, which Adam then enlarges from step to step.
     """
     run = "scenarios: {smoke: {reward: {run: {micro_batch_size: 16}}}}"
-    made, whole = smoke.artefact("smoke/reward/model"), tmp_path / "whole"
-    shutil.move(made, whole)
+    artefact, whole = smoke.artefact("smoke/reward/model"), tmp_path / "whole"
+    shutil.move(artefact, whole)
     try:
         smoke.snakemake("results/smoke/reward/model", config=run)
         for name in ("loss", "grad_norm"):
-            assert column(made, name)[:5] == pytest.approx(column(whole, name)[:5], rel=1e-4)
-        assert column(made, "loss") == pytest.approx(column(whole, "loss"), rel=0.05)
-        assert json.loads((made / "run.json").read_text())["run"]["micro_batch_size"] == 16
+            assert column(artefact, name)[:5] == pytest.approx(column(whole, name)[:5], rel=1e-4)
+        assert column(artefact, "loss") == pytest.approx(column(whole, "loss"), rel=0.05)
+        assert json.loads((artefact / "run.json").read_text())["run"]["micro_batch_size"] == 16
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.move(whole, made)
+        shutil.rmtree(artefact, ignore_errors=True)
+        shutil.move(whole, artefact)
 
 
 def test_bf16_trains_and_is_saved_as_bf16(smoke):
@@ -40,8 +42,8 @@ def test_bf16_trains_and_is_saved_as_bf16(smoke):
     smoke.snakemake("results/half/sft/actor", config=config)
     path = smoke.artefact("half/sft/actor")
     assert {str(t.dtype) for t in load_file(path / "model/model.safetensors").values()} == {"torch.bfloat16"}
-    values = column(path, "loss")
-    assert sum(values[-5:]) / 5 < values[0] - 0.5
+    losses = column(path, "loss")
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
     assert min(column(path, "grad_norm")) > 0
 
 
@@ -75,36 +77,38 @@ ADAPTED = {  # a result -> its adapter, and what loads it
 }
 
 
-def test_lora_ema_ptx_packing_zero_3_and_shared_copies_go_together_on_two_processes(smoke):
+def test_lora_ema_ptx_packing_zero_3_and_shared_copies_work_together_on_two_processes(smoke):
     results = smoke.volume / "results/everything"
     names = [*ADAPTED, *(adapter for adapter, _ in ADAPTED.values()), "rlhf/actor_ema"]
     smoke.snakemake(*(f"results/everything/{name}" for name in names), config=EVERYTHING)
     weights = {}
     for name, (adapter, auto) in ADAPTED.items():
         weights[name] = auto.from_pretrained(results / name).state_dict()
-        said = json.loads((results / adapter / "adapter_config.json").read_text())
+        adapter_config = json.loads((results / adapter / "adapter_config.json").read_text())
         one = {} if auto is AutoModelForCausalLM else {"num_labels": 1}
-        base = auto.from_pretrained(smoke.volume / said["base_model_name_or_path"], **one)
+        base = auto.from_pretrained(smoke.volume / adapter_config["base_model_name_or_path"], **one)
         before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
         merged = peft.PeftModel.from_pretrained(base, results / adapter).merge_and_unload().state_dict()
-        assert apart(merged, weights[name]) < 1e-5
-        assert apart(before, weights[name]) > 1e-3
+        assert distance(merged, weights[name]) < 1e-5
+        assert distance(before, weights[name]) > 1e-3
     mean = AutoModelForCausalLM.from_pretrained(results / "rlhf/actor_ema").state_dict()
     last, first = weights["rlhf/actor"], weights["sft/actor"]
-    assert 0.1 < apart(mean, last) / apart(first, last) < 0.9
-    for step in ("sft/actor", "reward/model", "rlhf/actor"):
-        made = smoke.artefact(f"everything/{step}")
-        assert json.loads((made / "run.json").read_text())["world_size"] == 2
-        log = (smoke.volume / f"logs/{made.parent.name}/{made.name}.log").read_text()
-        assert ("packed rows: attention by" in log) == (step != "rlhf/actor")
+    assert 0.1 < distance(mean, last) / distance(first, last) < 0.9
+    for result in ("sft/actor", "reward/model", "rlhf/actor"):
+        artefact = smoke.artefact(f"everything/{result}")
+        assert json.loads((artefact / "run.json").read_text())["world_size"] == 2
+        log = (smoke.volume / f"logs/{artefact.parent.name}/{artefact.name}.log").read_text()
+        assert ("packed rows: attention by" in log) == (result != "rlhf/actor")
     assert AutoModelForCausalLM.from_pretrained(results / "rlhf/actor").generation_config.temperature == 0.7
-    # The first log-probs of all: sampled, seen, and learned from at the same temperature.
-    assert column(made, "first_approx_kl")[0] == pytest.approx(0, abs=1e-6)
-    assert column(made, "kl_ref")[0] == pytest.approx(0, abs=1e-4)
-    assert min(column(made, "ptx_loss")) > 0
+    # Before the first update the actor is the SFT model, and all log-probs are at one temperature.
+    assert column(artefact, "first_approx_kl")[0] == pytest.approx(0, abs=1e-6)
+    assert column(artefact, "kl_ref")[0] == pytest.approx(0, abs=1e-4)
+    assert min(column(artefact, "ptx_loss")) > 0
+    lines = (artefact / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line).keys() - {"step"} == PPO_METRICS.keys() for line in lines)
 
 
-def apart(one, other):
+def distance(one, other):
     """Return the norm of the difference of two models' weights."""
     assert one.keys() == other.keys()
     return float(torch.stack([(one[key] - other[key]).norm() for key in one]).norm())

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `python -m pytest tests/gpu`. What they measure is printed as it comes, and at the end."""
+"""Tests that need a GPU: `python -m pytest tests/gpu`. Their measurements are printed at once and at the end."""
 
 from __future__ import annotations
 
@@ -22,27 +22,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def figure(pytestconfig):
-    """Return a function that prints a line at once, so that a run that is cut off leaves it, and keeps it."""
+    """Return a function that prints a line at once, also for a run that is cut off, and keeps it for the end."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         FIGURES.append(line)
         with capture.global_and_fixture_disabled():
             print(f"\n{line}", flush=True)
 
-    return tell
+    return report
 
 
 @pytest.fixture
 def bench(figure):
-    """Return a function: run a benchmark, make figures of its lines that hold one of some words, return all."""
+    """Return a function that runs a benchmark, reports its lines with one of some words, and returns all lines."""
     paths = os.pathsep.join([str(PROJECT / "scripts"), os.environ.get("PYTHONPATH", "")])
 
     def run(command: list[str], words: tuple[str, ...]) -> list[str]:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=PROJECT, check=False, timeout=200,
+            command,
+            capture_output=True,
+            text=True,
+            cwd=PROJECT,
+            check=False,
+            timeout=200,
             env={**os.environ, "PYTHONPATH": paths},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         lines = (done.stdout + done.stderr).splitlines()
         for line in lines:

@@ -59,8 +59,14 @@ def copy_the_code(place: Path) -> None:
     """What the Dockerfile does after its packages: a user, the code without what .dockerignore names. And a volume."""
     [user] = re.findall(r"^RUN (useradd .*)", dockerfile.DOCKERFILE.read_text(), flags=re.MULTILINE)
     run("chroot", str(place), *user.split())
-    left_out = [line.removeprefix("**/") for line in (REPO / ".dockerignore").read_text().split()]
-    shutil.copytree(REPO, place / "opt" / "rlhf", ignore=shutil.ignore_patterns(*left_out))
+    left_out = (REPO / ".dockerignore").read_text().split()
+    anywhere = {name.removeprefix("**/") for name in left_out if name.startswith("**/")}
+    at_the_top = {name for name in left_out if not name.startswith("**/")}
+
+    def ignored(folder: str, _: list[str]) -> set[str]:
+        return anywhere | at_the_top if Path(folder) == REPO else anywhere
+
+    shutil.copytree(REPO, place / "opt" / "rlhf", ignore=ignored)
     (place / "volume").mkdir()
     os.chown(place / "volume", 1000, 1000)
 

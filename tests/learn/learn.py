@@ -2,8 +2,8 @@
 
     make learn [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"]
 
-Prints a table and fails if a bound is broken. What is measured: the mean VADER compound of sampled
-replies to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampling seed.
+Prints a table and fails if a bound is broken. It measures the mean VADER compound of sampled
+responses to 512 held-out prompts, before (SFT) and after (RLHF), one fixed sampling seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT / "scripts"))
-from rlhf import health  # noqa: E402
+from rlhf.training import health  # noqa: E402
 
 SEEDS = tuple(int(seed) for seed in os.environ.get("LEARN_SEEDS", "1 2 3").split())
 FOUR_EPOCHS = {"ppo_epochs": 4, "kl_coef": 0.35, "actor": {"learning_rate": 1.0e-4}}
@@ -59,9 +59,8 @@ def report(results: Path, name: str) -> list[str]:
     f = json.loads((results / "rlhf/eval/summary.json").read_text())
     rise = f["judged_after"] - f["judged_before"]
     means = [f[f"judged_matched_length_{when}"] for when in ("before", "after")]
-    matched = (
-        math.nan if None in means else means[1] - means[0]
-    )  # no word count in common: it breaks its bound
+    # Without a word count in common it is no number, which breaks its bound.
+    matched = math.nan if None in means else means[1] - means[0]
     words = f["words_after"] / f["words_before"] - 1
     print(
         f"{name:<13} {f['judged_before']:.3f} -> {f['judged_after']:.3f} ({rise:+.3f}, matched length"
@@ -83,32 +82,39 @@ def report(results: Path, name: str) -> list[str]:
 
 
 def unhealthy(volume: Path, name: str) -> list[str]:
-    """Print how far PPO's updates went; return which of the health gate's bounds an iteration broke."""
+    """Print how far PPO's updates went; return which bounds of `training/health` an iteration broke."""
     ppo = ppo_of(volume, name)
     lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     bounds = [b for b in health.BOUNDS if b.metric in ("ratio_mean", "clip_fraction", "approx_kl")]
     ranges = {b.metric: [f([line[b.metric] for line in lines]) for f in (min, max)] for b in bounds}
-    print(f"{name:<13} " + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
-          + f"; {seconds_per_sample(ppo):.4f} s per sample on one thread")  # fmt: skip
-    return [f"{name}: {health.in_words(b, value)}" for b in bounds for value in ranges[b.metric]
-            if not b.least <= value <= b.most]  # fmt: skip
+    print(
+        f"{name:<13} "
+        + ", ".join(f"{m} {low:.4f} to {high:.4f}" for m, (low, high) in ranges.items())
+        + f"; {seconds_per_sample(ppo):.4f} s per sample on one thread"
+    )
+    return [
+        f"{name}: {health.in_words(b, value)}"
+        for b in bounds
+        for value in ranges[b.metric]
+        if not b.least <= value <= b.most
+    ]
 
 
 def ppo_of(volume: Path, name: str) -> Path:
-    """Return the artefact of step 3 that a scenario's comparison is of."""
+    """Return the PPO artefact that a scenario's comparison is of."""
     record = json.loads((volume / "results" / name / "rlhf/eval/provenance.json").read_text())
     return volume / record["parents"]["rlhf"]
 
 
 def seconds_per_sample(ppo: Path) -> float:
-    """Return how long a training of step 3 took, all in all, by the replies that it sampled."""
+    """Return the seconds of a whole PPO training over the responses that it sampled."""
     config = json.loads((ppo / "provenance.json").read_text())["config"]
     seconds: float = json.loads((ppo / "run.json").read_text())["seconds"]
     return seconds / samples(config)
 
 
 def samples(config: dict[str, int]) -> int:
-    """Return how many replies a training of step 3 samples to learn from."""
+    """Return how many responses a PPO training samples to learn from."""
     return config["iterations"] * config["rollout_batch_size"]
 
 

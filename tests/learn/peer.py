@@ -2,9 +2,8 @@
 
     make peer [LEARN_DIR=where artefacts go] [LEARN_SEEDS="1 2 3"]
 
-Both are compared as `make learn` compares: the same held-out prompts, the same sampling noise. What is timed are
-both loops, from the first prompt to the last optimizer step. TRL has a learning rate and a KL coefficient that give
-it a KL like ours; the reward model is normalised for it, which ours does by itself.
+Both are compared as `make learn` compares: the same held-out prompts, the same sampling noise. Both loops are timed, from the first prompt to the last optimizer step. TRL has a learning rate and a KL coefficient that give
+it a KL like ours; its reward model is normalised beforehand, which ours does by itself.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from datasets import Dataset
 from learn import PROJECT, SEEDS, ppo_of, report, samples, seconds_per_sample, snakemake, volume_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf import models
-from rlhf.rows import Rows
-from rlhf.templates import load_tokenizer
+from rlhf.data.rows import Rows
+from rlhf.data.templates import load_tokenizer
+from rlhf.models import loading, saving
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -49,7 +48,7 @@ def main() -> None:
         report(theirs, f"trl-{seed}")
         whole, ours = seconds_per_sample(ppo), loop_seconds(volume, ppo)
         print(
-            f"seconds per sample: ours {ours:.4f} (with all before and after {whole:.4f}), TRL {peers:.4f}:"
+            f"seconds per sample: ours {ours:.4f} (the whole job {whole:.4f}), TRL {peers:.4f}:"
             f" {ours / peers:.2f} of its time",
             flush=True,
         )
@@ -61,22 +60,22 @@ def train(volume: Path, results: Path, ppo: Path, output: Path, seed: int) -> fl
     record = json.loads((ppo / "provenance.json").read_text())
     config, tokenizer = record["config"], load_tokenizer(sft)
     prompts = Rows(volume / record["parents"]["data"] / "train")
-    asked = Dataset.from_dict({"input_ids": [prompts[i][0].tolist() for i in range(len(prompts))]})
+    dataset = Dataset.from_dict({"input_ids": [prompts[i][0].tolist() for i in range(len(prompts))]})
     tokenizer.padding_side = "left"
     trainer = PPOTrainer(
         args=settings(config, seed, output),
         processing_class=tokenizer,
-        model=models.load_actor(sft, torch.float32),
-        ref_model=models.load_actor(sft, torch.float32),
-        reward_model=normalised(models.load_scorer(reward, torch.float32), results),
-        value_model=models.load_scorer(reward, torch.float32),
-        train_dataset=asked,
-        eval_dataset=asked.select(range(config["rollout_batch_size"])),
+        model=loading.load_actor(sft, torch.float32),
+        ref_model=loading.load_actor(sft, torch.float32),
+        reward_model=normalised(loading.load_scorer(reward, torch.float32), results),
+        value_model=loading.load_scorer(reward, torch.float32),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(config["rollout_batch_size"])),
     )
     started = time.time()
     trainer.train()
     seconds = time.time() - started
-    models.save(trainer.policy_model, tokenizer, output / "actor", config["temperature"])
+    saving.save(trainer.policy_model, tokenizer, output / "actor", config["temperature"])
     return seconds / trainer.args.total_episodes
 
 
@@ -88,24 +87,39 @@ def loop_seconds(volume: Path, ppo: Path) -> float:
 
 
 def settings(config: dict[str, Any], seed: int, output: Path) -> PPOConfig:
-    """Return our values in TRL's words. Without accumulation: TRL would count mini-batches as its parts."""
+    """Return our values in TRL's words. Without accumulation: TRL would count mini-batches as parts of it."""
     return PPOConfig(
-        output_dir=str(output), seed=seed, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", num_sample_generations=0, stop_token="eos",
+        output_dir=str(output),
+        seed=seed,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        num_sample_generations=0,
+        stop_token="eos",
         total_episodes=samples(config),
-        per_device_train_batch_size=config["rollout_batch_size"], gradient_accumulation_steps=1,
+        per_device_train_batch_size=config["rollout_batch_size"],
+        gradient_accumulation_steps=1,
         local_rollout_forward_batch_size=config["rollout_batch_size"],
-        num_mini_batches=config["mini_batches"], num_ppo_epochs=config["ppo_epochs"],
-        response_length=config["max_new_tokens"], temperature=config["temperature"],
-        missing_eos_penalty=config["missing_eos_penalty"], gamma=config["gamma"], lam=config["gae_lambda"],
-        cliprange=config["clip_range"], cliprange_value=config["value_clip_range"],
-        kl_coef=KL_COEF, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-    )  # fmt: skip
+        num_mini_batches=config["mini_batches"],
+        num_ppo_epochs=config["ppo_epochs"],
+        response_length=config["max_new_tokens"],
+        temperature=config["temperature"],
+        missing_eos_penalty=config["missing_eos_penalty"],
+        gamma=config["gamma"],
+        lam=config["gae_lambda"],
+        cliprange=config["clip_range"],
+        cliprange_value=config["value_clip_range"],
+        kl_coef=KL_COEF,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+    )
 
 
 def normalised(scorer: Any, results: Path) -> Any:
-    """Return a reward model whose scores of SFT replies (those of the comparison) have mean 0 and sd 1."""
-    lines = (results / "rlhf/eval/replies.jsonl").read_text().splitlines()
+    """Return a reward model whose scores of SFT responses (those of the comparison) have mean 0 and sd 1."""
+    lines = (results / "rlhf/eval/responses.jsonl").read_text().splitlines()
     scores = [json.loads(line)["before"]["score"] for line in lines]
     head = torch.nn.Linear(scorer.score.in_features, 1)
     with torch.no_grad():
@@ -116,12 +130,12 @@ def normalised(scorer: Any, results: Path) -> Any:
 
 
 def compare(volume: Path, results: Path, theirs: Path) -> None:
-    """Compare replies before and after TRL's training, as those of ours were compared."""
-    made = (results / "rlhf/eval").resolve()
-    spec = {k: v for k, v in json.loads((made / "provenance.json").read_text()).items() if k != "files"}
+    """Compare responses before and after TRL's training, as ours were compared."""
+    ours = (results / "rlhf/eval").resolve()
+    spec = {k: v for k, v in json.loads((ours / "provenance.json").read_text()).items() if k != "files"}
     spec["parents"] = {**spec["parents"], "rlhf": str(theirs / "rlhf")}
-    run = json.loads((made / "run.json").read_text())["run"]
-    script = PROJECT / "scripts" / "compare_replies.py"
+    run = json.loads((ours / "run.json").read_text())["run"]
+    script = PROJECT / "scripts" / "compare_responses.py"
     options = {"spec": json.dumps(spec), "run": json.dumps(run), "output": str(theirs / "rlhf/eval")}
     launch = [
         str(script.with_name("launch.py")),

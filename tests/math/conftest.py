@@ -14,10 +14,20 @@ def actor():
     with torch.random.fork_rng():
         torch.manual_seed(5)
         config = OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
-            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, dropout=0.0,
-            attention_dropout=0.0, init_std=0.3, bos_token_id=BOS, pad_token_id=PAD, eos_token_id=EOS,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            init_std=0.3,
+            bos_token_id=BOS,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
         return OPTForCausalLM(config).eval()
 
 

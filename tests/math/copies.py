@@ -1,6 +1,6 @@
-"""Replies of ZeRO-3 models by gathered and by shared copies: `launch.py --processes 2 copies.py OUT FAMILY=PATH...`.
+"""Responses of ZeRO-3 models by gathered and by shared copies: `launch.py --processes 2 copies.py OUT FAMILY=PATH...`.
 
-Every process writes `{family}-{size}-{rank}.pt`: its replies, and how large its copy is. Not a test.
+Every process writes `{family}-{size}-{rank}.pt`: its responses, and how large its copy is. Not a test.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 import trainings
 
-from rlhf import engine, models, parallel, rollout, sharding
-from rlhf.generation import Sampling
-from rlhf.rows import Rows
-from rlhf.streams import Purpose
+from rlhf import parallel
+from rlhf.data.rows import Rows
+from rlhf.data.streams import Purpose, Stream
+from rlhf.generation import distributed, sampling_copy
+from rlhf.generation.engine import Sampling
+from rlhf.models import loading
+from rlhf.training import engine
 
 
 def main() -> None:
@@ -27,19 +30,20 @@ def main() -> None:
     prompts = [rows[i][0] for i in range(16)]
     for family, path in (text.split("=") for text in paths):
         with engine.loading(Path(path), "fp32", sharded=True):
-            model = models.load_actor(Path(path), torch.float32)
+            model = loading.load_actor(Path(path), torch.float32)
         for size in (1, 2):
-            copy = sharding.generator(model, parallel.group(size))
-            how = run.model_copy(update={"inference_tp_size": size})
+            copy = sampling_copy.sampling_copy(model, parallel.group(size))
+            divided = run.model_copy(update={"inference_tp_size": size})
+            stream = Stream(1, Purpose.ROLLOUT, 5)
             sampling = Sampling(12, 1.0, trainings.EOS, trainings.PAD)
-            made = list(rollout.sample(copy, prompts, sampling, 1, Purpose.ROLLOUT, 5, how))
-            replies = [
+            generated = list(distributed.sample(copy, prompts, sampling, stream, divided))
+            responses = [
                 row[mask].tolist()
-                for g in made
+                for g in generated
                 for row, mask in zip(g.responses, g.response_mask, strict=True)
             ]
             sizes = {name: p.numel() for name, p in copy.named_parameters()}
-            torch.save((replies, sizes), Path(out) / f"{family}-{size}-{parallel.rank()}.pt")
+            torch.save((responses, sizes), Path(out) / f"{family}-{size}-{parallel.rank()}.pt")
     parallel.barrier()
 
 

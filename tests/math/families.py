@@ -22,9 +22,7 @@ GROUPED = {
     "intermediate_size": 64,
     "initializer_range": 0.3,
 }
-OPT = {
-    "ffn_dim": 64, "num_attention_heads": 2, "dropout": 0.1, "attention_dropout": 0.1, "init_std": 0.3
-}  # fmt: skip
+OPT = {"ffn_dim": 64, "num_attention_heads": 2, "dropout": 0.1, "attention_dropout": 0.1, "init_std": 0.3}
 
 FAMILIES = {
     "opt": lambda: OPTForCausalLM(OPTConfig(word_embed_proj_dim=32, **OPT, **COMMON)),
@@ -37,11 +35,15 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **GROUPED, **COMMON)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            num_attention_heads=2, intermediate_size=64, initializer_range=0.3, hidden_dropout=0.1,
-            attention_dropout=0.1, **COMMON,
+            num_attention_heads=2,
+            intermediate_size=64,
+            initializer_range=0.3,
+            hidden_dropout=0.1,
+            attention_dropout=0.1,
+            **COMMON,
         )
     ),
-}  # fmt: skip
+}
 
 
 def tiny(family: str):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.ema import Ema
+from rlhf.models.ema import Ema
 
 
 @pytest.fixture
@@ -24,18 +24,18 @@ def test_the_mean_is_the_weighted_sum_of_all_weights(model):
     torch.testing.assert_close(ema.means["0.weight"], expected)
 
 
-def test_weights_come_back_after_the_mean_was_in_place(model):
+def test_weights_are_restored_after_the_mean_was_in_place(model):
     ema = Ema(model, 0.5)
     with torch.no_grad():
         model[1].weight.add_(1.0)
     ema.update()
     before = model[1].weight.detach().clone()
-    with ema.in_place():
+    with ema.applied():
         torch.testing.assert_close(model[1].weight.detach(), before - 0.5)
     assert torch.equal(model[1].weight, before)
 
 
-def test_only_what_is_trained_has_a_mean(model):
+def test_only_trained_weights_have_a_mean(model):
     model[0].requires_grad_(False)
     assert Ema(model, 0.5).means.keys() == {"1.weight", "1.bias"}
 

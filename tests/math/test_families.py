@@ -1,4 +1,4 @@
-"""Every family does what it should: alone, padded, packed, generating, saved, adapted, trained.
+"""Every family gives the same results alone, padded and packed; it generates, is saved, adapted and trained.
 
 Tolerance: 1e-4 in fp32, where a batch is computed in another order; bits where nothing is.
 """
@@ -21,11 +21,13 @@ from transformers import (
     Gemma2ForCausalLM,
 )
 
-from rlhf import lora, models, reward, sft
-from rlhf.config import Lora
+from rlhf.config.training import Lora
+from rlhf.data.streams import Purpose, Stream
+from rlhf.data.tokens import Packed, arrange, pack, pad, response_labels
 from rlhf.errors import DataError, UserError
-from rlhf.generation import Sampling, generate, uniforms
-from rlhf.tokens import Packed, arrange, pack, pad, response_labels
+from rlhf.generation.engine import Sampling, generate, uniforms
+from rlhf.models import loading, lora, outputs, saving
+from rlhf.training import reward, sft
 
 PAD, EOS = 1, 2
 close = torch.testing.assert_close
@@ -49,37 +51,37 @@ def name(request):
 
 @pytest.fixture
 def model(paths, name):
-    return models.load_actor(paths[name], torch.float32).eval()
+    return loading.load_actor(paths[name], torch.float32).eval()
 
 
 @pytest.fixture
 def scorer(paths, name):
-    return models.new_scorer(paths[name], torch.float32, PAD, seed=3).eval()
+    return loading.new_scorer(paths[name], torch.float32, PAD, seed=3).eval()
 
 
 def logprobs(model, batch, prompts):
     with torch.no_grad():
-        return models.response_logprobs(model, batch, response_labels(prompts, batch))
+        return outputs.response_logprobs(model, batch, response_labels(prompts, batch))
 
 
 def test_dropout_is_off(model):
     batch = pad([np.arange(3, 20, dtype=np.int32)], PAD, side="right")
     model.train()
     with torch.no_grad():
-        one, two = (model(**models.hidden_inputs(model, batch)).logits for _ in range(2))
+        one, two = (model(**outputs.hidden_inputs(model, batch)).logits for _ in range(2))
     assert torch.equal(one, two)
 
 
 def test_logprobs_of_a_sample_are_equal_alone_padded_and_packed(model, sequences):
     several, prompts = sequences(9, 14, 6, 11, 7), [3, 5, 1, 2, 4]
-    alone = torch.cat([
-        logprobs(model, pad([s], PAD, side="right"), [p]) for s, p in zip(several, prompts, strict=True)
-    ])  # fmt: skip
+    alone = torch.cat(
+        [logprobs(model, pad([s], PAD, side="right"), [p]) for s, p in zip(several, prompts, strict=True)]
+    )
     close(logprobs(model, pad(several, PAD, side="right"), prompts), alone, atol=1e-4, rtol=1e-4)
     packed = pack([[s] for s in several], PAD, 25)
-    order = torch.cat([
-        torch.full((len(s) - p,), i) for i, (s, p) in enumerate(zip(several, prompts, strict=True))
-    ])  # fmt: skip
+    order = torch.cat(
+        [torch.full((len(s) - p,), i) for i, (s, p) in enumerate(zip(several, prompts, strict=True))]
+    )
     found = logprobs(model, packed, prompts)
     labels = response_labels(prompts, packed)
     assert torch.equal(packed.sequences[labels].sort().values, order)
@@ -91,77 +93,84 @@ def test_scores_of_a_sample_are_equal_alone_padded_and_packed(scorer, sequences)
     several = sequences(9, 14, 6, 11)
     pairs = [several[:2], several[2:]]
     with torch.no_grad():
-        alone = torch.cat([models.scores(scorer, pad([s], PAD, side="right")) for s in several])
+        alone = torch.cat([outputs.scores(scorer, pad([s], PAD, side="right")) for s in several])
         for batch in (arrange(pairs, PAD, None), arrange(pairs, PAD, 25), pad(several, PAD, side="left")):
-            close(models.scores(scorer, batch), alone, atol=1e-4, rtol=1e-4)
+            close(outputs.scores(scorer, batch), alone, atol=1e-4, rtol=1e-4)
 
 
-def test_positions_that_begin_anew_would_not_do_without_the_mask(model, sequences):
-    """What packing must prevent is there: without a mask a sequence sees the one before it."""
+def test_restarted_positions_alone_do_not_separate_packed_sequences(model, sequences):
+    """Without the mask a sequence attends to the one before it: the mask is what separates them."""
     several = sequences(9, 14)
     packed = pack([several], PAD, 23)
     ones = torch.ones_like(packed.attention).tril()
     with torch.no_grad():
         leaking = model(input_ids=packed.ids, attention_mask=ones, position_ids=packed.positions).logits
-        exact = model(**models.hidden_inputs(model, packed)).logits
-        alone = model(**models.hidden_inputs(model, pad([several[1]], PAD, side="right"))).logits
+        exact = model(**outputs.hidden_inputs(model, packed)).logits
+        alone = model(**outputs.hidden_inputs(model, pad([several[1]], PAD, side="right"))).logits
     close(exact[0, 9:], alone[0], atol=1e-4, rtol=1e-4)
     assert (leaking[0, 9:] - alone[0]).abs().max() > 0.01
 
 
-def test_greedy_replies_are_those_of_transformers(model, sequences):
+def test_greedy_responses_equal_those_of_transformers(model, sequences):
     batch = pad(sequences(3, 9, 5, 14), PAD, side="left")
-    made = generate(model, batch, Sampling(10, 0, EOS, PAD), uniforms(0, 1, range(4), 10))
+    noise = uniforms(Stream(0, Purpose.PASS), range(4), 10)
+    generated = generate(model, batch, Sampling(10, 0, EOS, PAD), noise)
     theirs = model.generate(
-        input_ids=batch.ids, attention_mask=batch.mask.long(), do_sample=False, max_new_tokens=10,
-        eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
-    assert torch.equal(made.batch.ids, theirs)
+        input_ids=batch.ids,
+        attention_mask=batch.mask.long(),
+        do_sample=False,
+        max_new_tokens=10,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    assert torch.equal(generated.batch.ids, theirs)
 
 
 def test_saved_models_are_read_by_transformers(model, scorer, sequences, tmp_path):
     tokenizer = trainings.NoTokenizer()
-    models.save(model, tokenizer, tmp_path / "actor", temperature=0.7)
-    models.save(scorer, tokenizer, tmp_path / "scorer")
+    saving.save(model, tokenizer, tmp_path / "actor", temperature=0.7)
+    saving.save(scorer, tokenizer, tmp_path / "scorer")
     batch = pad(sequences(9, 14), PAD, side="right")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
-    how = again.generation_config  # replies are drawn as those that it was trained on
+    how = again.generation_config  # sampled by default as responses were in training
     assert (how.do_sample, how.temperature, how.top_k, how.top_p or 1.0) == (True, 0.7, 0, 1.0)
     with torch.no_grad():
-        inputs = models.hidden_inputs(model, batch)
+        inputs = outputs.hidden_inputs(model, batch)
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
         close(
             judge(input_ids=batch.ids, attention_mask=batch.mask.long()).logits[:, 0],
-            models.scores(scorer, batch), atol=1e-4, rtol=1e-4,
-        )  # fmt: skip
+            outputs.scores(scorer, batch),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"model_type": "nosuch"}', '{"model_type": "opt", "hidden_size": "wide"}']
 )
-def test_a_config_json_that_is_not_a_models_is_told(tmp_path, text):
+def test_a_config_json_that_is_not_a_models_is_an_error_with_its_path(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"/config\.json is not that of a model: "):
-        models.load_actor(tmp_path, torch.float32)
+        loading.load_actor(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 100)])
-def test_weights_that_cannot_be_read_are_told(actor, tmp_path, damage):
+def test_weights_that_cannot_be_read_are_an_error_with_their_path(actor, tmp_path, damage):
     actor.save_pretrained(tmp_path)
     damage(tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=f"the weights in {tmp_path} cannot be read: ") as caught:
-        models.load_actor(tmp_path, torch.float32)
+        loading.load_actor(tmp_path, torch.float32)
     assert "\n" not in str(caught.value)
 
 
-def test_logits_are_those_that_the_family_gives_out(model, sequences):
+def test_logits_equal_those_of_transformers_forward(model, sequences):
     batch = pad(sequences(9, 14, 6), PAD, side="right")
     labels = response_labels([3, 5, 1], batch)
     with torch.no_grad():
         whole = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
         close(
-            models.response_logits(model, batch, labels), whole[:, :-1][labels[:, 1:]], atol=1e-4, rtol=1e-4
+            outputs.response_logits(model, batch, labels), whole[:, :-1][labels[:, 1:]], atol=1e-4, rtol=1e-4
         )
 
 
@@ -170,36 +179,36 @@ def test_logits_that_a_family_caps_are_capped(sequences, tmp_path):
     capped = Gemma2ForCausalLM(
         Gemma2Config(**families.COMMON, **families.GROUPED, head_dim=8, final_logit_softcapping=0.5)
     ).eval()
-    test_logits_are_those_that_the_family_gives_out(capped, sequences)
+    test_logits_equal_those_of_transformers_forward(capped, sequences)
     capped.config.final_logit_softcapping = None
     batch = pad(sequences(9), PAD, side="right")
     with torch.no_grad():
-        assert models.response_logits(capped, batch, batch.mask & (batch.positions > 3)).abs().max() > 0.6
+        assert outputs.response_logits(capped, batch, batch.mask & (batch.positions > 3)).abs().max() > 0.6
 
 
-def test_a_family_whose_logits_have_a_factor_is_refused(actor, tmp_path):
+def test_a_family_that_scales_its_logits_is_refused(actor, tmp_path):
     actor.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"logit_scale": 0.0625}))
     with pytest.raises(UserError, match=r"opt models scale their logits \(logit_scale = 0\.0625\)"):
-        models.load_actor(tmp_path, torch.float32)
+        loading.load_actor(tmp_path, torch.float32)
 
 
-def test_sequences_that_a_model_has_no_positions_for_are_refused(actor_path):
-    models.refuse_too_long(actor_path, 64, "sft.max_tokens")
+def test_sequences_longer_than_a_models_positions_are_refused(actor_path):
+    loading.refuse_too_long(actor_path, 64, "sft.max_tokens")
     with pytest.raises(
         UserError, match=r"sft\.max_tokens: sequences of up to 65 tokens, but .* has 64 positions"
     ):
-        models.refuse_too_long(actor_path, 65, "sft.max_tokens")
+        loading.refuse_too_long(actor_path, 65, "sft.max_tokens")
 
 
-def test_a_new_head_fits_what_the_model_gives_out(scorer, name):
+def test_a_new_head_has_the_width_of_the_models_output(scorer, name):
     width = 16 if name == "opt-350m" else 32
     assert tuple(scorer.score.weight.shape) == (1, width)
     assert float(scorer.score.weight.detach().std()) == pytest.approx(1 / math.sqrt(width + 1), rel=0.5)
 
 
-def test_adapters_stand_beside_every_linear_layer_of_a_decoder_layer(model):
+def test_every_linear_layer_of_a_decoder_layer_gets_an_adapter(model):
     inside = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
     lora.add(model, Lora(dim=2, alpha=2.0, learning_rate=1e-3), seed=1)
     assert sorted(lora.layers(model)) == sorted(inside)
@@ -210,12 +219,12 @@ def test_gradients_of_packed_and_padded_rows_are_equal(model, scorer, sequences)
     columns = [sequences(*np.random.default_rng(s).integers(2, 12, 6), seed=s) for s in range(3)]
     pairs = [list(row) for row in zip(*columns, strict=True)]
     rows = [row[:2] for row in pairs]
-    for made, batch, task, width in ((model, rows, sft.task, 24), (scorer, pairs, reward.task, 48)):
+    for learner, batch, task, width in ((model, rows, sft.task, 24), (scorer, pairs, reward.task, 48)):
         found = []
         for pack_width in (None, width):
-            made.zero_grad()
-            task(PAD, pack_width).loss(made, batch).backward()
-            found.append({n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None})
+            learner.zero_grad()
+            task(PAD, pack_width).loss(learner, batch).backward()
+            found.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()
         for n, gradient in found[0].items():
             close(found[1][n], gradient, atol=2e-4, rtol=1e-3, msg=lambda m, n=n: f"{n}: {m}")
@@ -229,7 +238,7 @@ def trained(paths, tmp_path_factory):
         trainings.write_rows(data / stage, stage, vocabulary=64)
     for name in NAMES:
         judge = paths[name].with_name(f"{name}-scorer")
-        models.new_scorer(paths[name], torch.float32, PAD, seed=3).save_pretrained(judge)
+        loading.new_scorer(paths[name], torch.float32, PAD, seed=3).save_pretrained(judge)
         for stage in ("sft", "reward", "rlhf"):
             changes = {"run": {"zero_stage": 3}} | ({"iterations": 1} if stage == "rlhf" else {"steps": 4})
             own = {"actor": str(paths[name]), "scorer": str(judge)}
@@ -243,12 +252,12 @@ def test_every_family_goes_through_every_stage(trained, paths, name, stage):
     path = trained / f"{stage}-{name}"
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    made, info = kind.from_pretrained(path / "model", output_loading_info=True)
+    auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    model, info = auto.from_pretrained(path / "model", output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     if stage != "reward":
         before = AutoModelForCausalLM.from_pretrained(paths[name]).state_dict()
-        assert any(not torch.equal(before[n], w) for n, w in made.state_dict().items())
+        assert any(not torch.equal(before[n], w) for n, w in model.state_dict().items())
     else:
         assert {line["loss"] for line in lines} != {lines[0]["loss"]}
 

@@ -3,23 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.generation import Sampling, draw, generate, uniforms
-from rlhf.models import response_logits, token_logprobs
-from rlhf.tokens import pad
+from rlhf.data.streams import Purpose, Stream
+from rlhf.data.tokens import pad
+from rlhf.generation.engine import Sampling, draw, generate, uniforms
+from rlhf.models.outputs import response_logits, token_logprobs
 
 PAD, EOS, NEVER = 1, 2, -1
 LENGTH = 12
 
 
-def replies(actor, prompts, temperature=1.0, eos=EOS, pad_id=PAD, seed=0, length=LENGTH, first=0):
+def respond(actor, prompts, temperature=1.0, eos=EOS, pad_id=PAD, seed=0, length=LENGTH, first=0):
     sampling = Sampling(length, temperature, eos, pad_id)
-    noise = uniforms(seed, 1, range(first, first + len(prompts)), length)
+    noise = uniforms(Stream(seed, Purpose.PASS, first), range(len(prompts)), length)
     return generate(actor, pad(prompts, pad_id, side="left"), sampling, noise)
 
 
-def texts(made):
-    """Return each reply as a list, without what pads it."""
-    return [row[mask].tolist() for row, mask in zip(made.responses, made.response_mask, strict=True)]
+def tokens_of(generated):
+    """Return each response as a list, without its padding."""
+    masks = generated.response_mask
+    return [row[mask].tolist() for row, mask in zip(generated.responses, masks, strict=True)]
 
 
 def chi_square(tokens, probabilities):
@@ -30,58 +32,67 @@ def chi_square(tokens, probabilities):
     return float(((found - expected) ** 2 / expected)[possible].sum())
 
 
-def test_greedy_replies_are_those_of_transformers(actor, sequences):
+def test_greedy_responses_equal_those_of_transformers(actor, sequences):
     prompts = sequences(3, 9, 5, 1, 14, 7)
-    eos = texts(replies(actor, prompts, 0, NEVER))[0][4]  # so that some replies end
-    made = replies(actor, prompts, 0, eos)
+    eos = tokens_of(respond(actor, prompts, 0, NEVER))[0][4]  # so that some responses end
+    generated = respond(actor, prompts, 0, eos)
     batch = pad(prompts, PAD, side="left")
     theirs = actor.generate(
-        input_ids=batch.ids, attention_mask=batch.mask.long(), do_sample=False, max_new_tokens=LENGTH,
-        eos_token_id=eos, pad_token_id=PAD,
-    )  # fmt: skip
-    assert made.ended.any()
-    assert torch.equal(made.batch.ids, theirs)
+        input_ids=batch.ids,
+        attention_mask=batch.mask.long(),
+        do_sample=False,
+        max_new_tokens=LENGTH,
+        eos_token_id=eos,
+        pad_token_id=PAD,
+    )
+    assert generated.ended.any()
+    assert torch.equal(generated.batch.ids, theirs)
 
 
-def test_a_reply_does_not_depend_on_its_company(actor, sequences):
+def test_a_response_does_not_depend_on_the_other_prompts_of_its_batch(actor, sequences):
     prompts = sequences(3, 9, 5, 1, 14, 7)
-    together = texts(replies(actor, prompts))
-    alone = [texts(replies(actor, [p], first=i))[0] for i, p in enumerate(prompts)]
+    together = tokens_of(respond(actor, prompts))
+    alone = [tokens_of(respond(actor, [p], first=i))[0] for i, p in enumerate(prompts)]
     assert together == alone
 
 
-def test_another_number_or_seed_is_another_reply(actor, sequences):
+def test_another_sample_number_or_seed_gives_another_response(actor, sequences):
     prompts = sequences(5) * 3
-    one, two = texts(replies(actor, prompts, eos=NEVER)), texts(replies(actor, prompts, eos=NEVER, seed=1))
-    assert len({tuple(reply) for reply in one + two}) == 6
+    one, two = (
+        tokens_of(respond(actor, prompts, eos=NEVER)),
+        tokens_of(respond(actor, prompts, eos=NEVER, seed=1)),
+    )
+    assert len({tuple(response) for response in one + two}) == 6
 
 
 def test_noise_of_a_sample_depends_on_its_number_alone():
-    whole = uniforms(7, 2, range(6), 9)
-    assert torch.equal(uniforms(7, 2, [4, 1], 9), whole[[4, 1]])
-    assert torch.equal(uniforms(7, 2, range(6), 4), whole[:, :4])
-    assert not torch.equal(uniforms(7, 3, range(6), 9), whole)
+    stream = Stream(7, Purpose.WINDOW)
+    whole = uniforms(stream, range(6), 9)
+    assert torch.equal(uniforms(stream, [4, 1], 9), whole[[4, 1]])
+    assert torch.equal(uniforms(Stream(7, Purpose.WINDOW, first=2), [2, 0], 9), whole[[4, 2]])
+    assert torch.equal(uniforms(stream, range(6), 4), whole[:, :4])
+    assert not torch.equal(uniforms(Stream(7, Purpose.ROLLOUT), range(6), 9), whole)
     assert ((whole >= 0) & (whole < 1)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_distribution(temperature):
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
-    noise = uniforms(0, 9, range(20), 1000).flatten()
+    noise = uniforms(Stream(0, Purpose.HEAD), range(20), 1000).flatten()
     tokens = draw(logits.expand(len(noise), -1), temperature, noise)
     assert chi_square(tokens, (logits.double() / temperature).softmax(-1)) < 24.3  # 7 df, p = 0.001
 
 
-def test_first_tokens_of_replies_follow_the_model(actor, sequences):
+def test_first_tokens_of_responses_follow_the_models_distribution(actor, sequences):
     (prompt,) = sequences(5)
-    made = replies(actor, [prompt] * 4000, temperature=3.0, eos=NEVER, length=1)
+    generated = respond(actor, [prompt] * 4000, temperature=3.0, eos=NEVER, length=1)
     with torch.no_grad():
         logits = actor(torch.tensor(prompt[None], dtype=torch.long)).logits[0, -1]
     likely = (logits.double() / 3).softmax(-1)
     kept = likely > 5 / 4000  # rarer ones are counted together
     groups = torch.where(kept, kept.cumsum(0), 0)
     merged = torch.zeros(int(kept.sum()) + 1, dtype=torch.double).index_add_(0, groups, likely)
-    assert chi_square(groups[made.responses[:, 0]], merged) < 103.5  # at most 63 df, p = 0.001
+    assert chi_square(groups[generated.responses[:, 0]], merged) < 103.5  # at most 63 df, p = 0.001
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 2**-53])
@@ -91,59 +102,61 @@ def test_a_token_of_no_probability_is_never_drawn(noise):
     assert draw(logits, 1.0, torch.tensor([noise], dtype=torch.double)).item() in (2, 4)
 
 
-def test_little_temperature_is_nearly_greedy():
+def test_a_low_temperature_is_nearly_greedy():
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
-    noise = uniforms(0, 1, range(50), 1)[:, 0]
+    noise = uniforms(Stream(0, Purpose.PASS), range(50), 1)[:, 0]
     assert torch.equal(draw(logits, 1e-4, noise), draw(logits, 0, noise))
 
 
 @pytest.mark.parametrize(("eos", "pad_id"), [(EOS, PAD), (0, PAD), (EOS, EOS), (0, 0)])
-def test_a_reply_ends_with_its_eos_and_only_padding_follows(actor, sequences, eos, pad_id):
+def test_a_response_ends_with_its_eos_and_only_padding_follows(actor, sequences, eos, pad_id):
     """EOS may be BOS (0, the first token of each prompt) and padding may be EOS."""
     prompts = sequences(3, 9, 5, 1, 14, 7, 4, 8)
-    free = texts(replies(actor, prompts, 30.0, NEVER, pad_id, length=40))
-    made = replies(actor, prompts, 30.0, eos, pad_id, length=40)
-    assert made.ended.any()
+    free = tokens_of(respond(actor, prompts, 30.0, NEVER, pad_id, length=40))
+    generated = respond(actor, prompts, 30.0, eos, pad_id, length=40)
+    assert generated.ended.any()
     for i, prompt in enumerate(prompts):
-        reply = texts(made)[i]
+        response = tokens_of(generated)[i]
         end = free[i].index(eos) + 1 if eos in free[i] else len(free[i])
-        assert reply == free[i][:end]
-        assert bool(made.ended[i]) == (reply[-1] == eos) == (eos in free[i])
-        assert (made.responses[i][len(reply) :] == pad_id).all()
-        assert made.response_mask[i].tolist() == [k < len(reply) for k in range(made.response_mask.shape[1])]
-        assert made.batch.ids[i][made.batch.mask[i]].tolist() == [*prompt, *reply]
+        assert response == free[i][:end]
+        assert bool(generated.ended[i]) == (response[-1] == eos) == (eos in free[i])
+        assert (generated.responses[i][len(response) :] == pad_id).all()
+        assert generated.response_mask[i].tolist() == [
+            k < len(response) for k in range(generated.response_mask.shape[1])
+        ]
+        assert generated.batch.ids[i][generated.batch.mask[i]].tolist() == [*prompt, *response]
 
 
-def test_generation_stops_when_every_reply_has_ended(actor, sequences):
+def test_generation_stops_when_every_response_has_ended(actor, sequences):
     prompts = sequences(5, 5, 5)
-    eos = texts(replies(actor, prompts[:1], 0, NEVER))[0][0]
-    made = replies(actor, prompts[:1] * 3, 0, eos)
-    assert made.response_mask.shape == (3, 1)
-    assert made.ended.all()
+    eos = tokens_of(respond(actor, prompts[:1], 0, NEVER))[0][0]
+    generated = respond(actor, prompts[:1] * 3, 0, eos)
+    assert generated.response_mask.shape == (3, 1)
+    assert generated.ended.all()
 
 
-def test_replies_have_room_for_no_more_than_was_asked(actor, sequences):
-    made = replies(actor, sequences(5, 9), eos=NEVER, length=7)
-    assert made.response_mask.shape == (2, 7)
-    assert made.response_mask.all()
-    assert not made.ended.any()
+def test_responses_are_as_wide_as_max_new_tokens_at_most(actor, sequences):
+    generated = respond(actor, sequences(5, 9), eos=NEVER, length=7)
+    assert generated.response_mask.shape == (2, 7)
+    assert generated.response_mask.all()
+    assert not generated.ended.any()
 
 
-def test_cached_steps_see_what_the_whole_sequence_sees(actor, sequences):
+def test_steps_with_a_cache_agree_with_a_forward_over_the_whole_sequence(actor, sequences):
     """Greedy tokens are the most likely ones by the engine that trains, too."""
-    made = replies(actor, sequences(3, 9, 5, 14), 0, NEVER)
+    generated = respond(actor, sequences(3, 9, 5, 14), 0, NEVER)
     with torch.no_grad():
-        labels = torch.zeros_like(made.batch.mask)
+        labels = torch.zeros_like(generated.batch.mask)
         labels[:, -LENGTH:] = True
-        logits = response_logits(actor, made.batch, labels)
-    chosen = token_logprobs(logits, made.responses.flatten())
+        logits = response_logits(actor, generated.batch, labels)
+    chosen = token_logprobs(logits, generated.responses.flatten())
     torch.testing.assert_close(chosen, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_generating_leaves_the_model_as_it_was(actor, sequences):
     actor.train()
     try:
-        replies(actor, sequences(3, 5))
+        respond(actor, sequences(3, 5))
         assert actor.training
     finally:
         actor.eval()

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import engine, models, reward, sft, supervised
+from rlhf.data.tokens import Padded, pad, response_labels
 from rlhf.errors import DataError
-from rlhf.tokens import Padded, pad, response_labels
+from rlhf.models import loading, outputs
+from rlhf.training import engine, reward, sft, supervised
 
 PAD = 1
 close = torch.testing.assert_close
@@ -25,7 +26,7 @@ def _no_gradients_left(actor, scorer):
 
 @pytest.fixture(scope="module")
 def scorer(actor_path):
-    return models.new_scorer(actor_path, torch.float32, PAD, seed=3).eval()
+    return loading.new_scorer(actor_path, torch.float32, PAD, seed=3).eval()
 
 
 def widened(batch, left=0, right=0, fill=PAD):
@@ -46,7 +47,7 @@ def ending(batch, length):
 def response_logprobs(model, batch, length):
     """Return (B, length) log-probabilities of the last tokens of every row."""
     with torch.no_grad():
-        return models.response_logprobs(model, batch, ending(batch, length)).view(-1, length)
+        return outputs.response_logprobs(model, batch, ending(batch, length)).view(-1, length)
 
 
 def test_more_padding_on_the_left_changes_no_response(actor, sequences):
@@ -56,7 +57,7 @@ def test_more_padding_on_the_left_changes_no_response(actor, sequences):
         close(response_logprobs(actor, widened(batch, left, fill=fill), 5), plain, atol=1e-4, rtol=1e-4)
 
 
-def test_company_in_the_batch_changes_no_response(actor, sequences):
+def test_the_rest_of_the_batch_changes_no_response(actor, sequences):
     several = sequences(9, 14, 11, 20)
     together = response_logprobs(actor, pad(several, PAD, side="left"), 5)
     for i, one in enumerate(several):
@@ -74,7 +75,7 @@ def test_what_follows_a_token_does_not_change_it(actor, sequences):
 def test_temperature_divides_logits(actor, sequences):
     batch = pad(sequences(9, 14), PAD, side="left")
     with torch.no_grad():
-        one, two = (models.response_logits(actor, batch, ending(batch, 4), t) for t in (1.0, 2.0))
+        one, two = (outputs.response_logits(actor, batch, ending(batch, 4), t) for t in (1.0, 2.0))
     close(one, 2 * two)
 
 
@@ -83,7 +84,7 @@ def test_logprobs_where_labels_are_equal_those_of_each_token(actor, sequences):
     batch = pad(several, PAD, side="right")
     labels = response_labels(prompts, batch)
     with torch.no_grad():
-        picked = models.response_logprobs(actor, batch, labels)
+        picked = outputs.response_logprobs(actor, batch, labels)
     expected = [
         response_logprobs(actor, pad([one], PAD, side="left"), len(one) - n)[0]
         for one, n in zip(several, prompts, strict=True)
@@ -110,8 +111,10 @@ def test_labels_are_true_on_responses_alone(sequences):
 
 def test_probabilities_add_up_to_one(actor, sequences):
     with torch.no_grad():
-        logits = models.response_logits(actor, batch := pad(sequences(8), PAD, side="left"), ending(batch, 1))
-    logprobs = models.token_logprobs(logits.expand(64, -1), torch.arange(64))
+        logits = outputs.response_logits(
+            actor, batch := pad(sequences(8), PAD, side="left"), ending(batch, 1)
+        )
+    logprobs = outputs.token_logprobs(logits.expand(64, -1), torch.arange(64))
     close(logprobs.exp().sum(), torch.tensor(1.0))
 
 
@@ -148,12 +151,12 @@ def test_the_prompt_is_not_learned(actor, sequences):
     close(loss, -response_logprobs(actor, batch, 5).sum(), atol=1e-4, rtol=1e-4)
 
 
-def test_swapped_replies_turn_the_margin_round(scorer, sequences):
+def test_swapped_responses_reverse_the_margin(scorer, sequences):
     prompt, better, worse = sequences(4, 9, 5)
     task = reward.task(PAD)
     with torch.no_grad():
-        one = supervised.measure(task, engine.Root(scorer), [[prompt, better, worse]], 1)
-        two = supervised.measure(task, engine.Root(scorer), [[prompt, worse, better]], 1)
+        one = supervised.measure(task, engine.SingleForward(scorer), [[prompt, better, worse]], 1)
+        two = supervised.measure(task, engine.SingleForward(scorer), [[prompt, worse, better]], 1)
     assert one["eval_margin"] == pytest.approx(-two["eval_margin"], abs=1e-5)
     assert one["eval_accuracy"] + two["eval_accuracy"] == 1
     assert one["eval_margin"] == pytest.approx(two["eval_loss"] - one["eval_loss"], abs=1e-4)
@@ -166,9 +169,9 @@ def test_scores_are_those_of_transformers_own_forward(scorer, actor_path, sequen
     batch = pad(sequences(9, 14, 6, 1), PAD, side=side)
     with torch.no_grad():
         expected = theirs(input_ids=batch.ids, attention_mask=batch.mask.long()).logits[:, 0]
-        close(models.scores(scorer, batch), expected, atol=1e-4, rtol=1e-4)
+        close(outputs.scores(scorer, batch), expected, atol=1e-4, rtol=1e-4)
         close(
-            models.scores(models.load_scorer(tmp_path, torch.float32).eval(), batch),
+            outputs.scores(loading.load_scorer(tmp_path, torch.float32).eval(), batch),
             expected,
             atol=1e-4,
             rtol=1e-4,
@@ -179,9 +182,9 @@ def test_scores_do_not_depend_on_the_side_or_width_of_padding(scorer, sequences)
     several = sequences(9, 14, 6)
     left, right = (pad(several, PAD, side=side) for side in ("left", "right"))
     with torch.no_grad():
-        expected = models.scores(scorer, right)
+        expected = outputs.scores(scorer, right)
         for batch in (left, widened(left, 3, 4), widened(right, 0, 9, fill=17), widened(right, 5, 0)):
-            close(models.scores(scorer, batch), expected, atol=1e-4, rtol=1e-4)
+            close(outputs.scores(scorer, batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_real_token_equal_to_the_pad_id_is_scored(scorer, sequences):
@@ -190,12 +193,12 @@ def test_a_real_token_equal_to_the_pad_id_is_scored(scorer, sequences):
     batch = pad([ends_with_pad, *sequences(12)], PAD, side="right")
     assert batch.last.tolist() == [6, 11]
     with torch.no_grad():
-        close(models.scores(scorer, batch)[0], models.token_values(scorer, batch)[0, 6])
+        close(outputs.scores(scorer, batch)[0], outputs.token_values(scorer, batch)[0, 6])
 
 
 def test_a_new_head_is_decided_by_its_seed(actor_path, scorer):
-    same = models.new_scorer(actor_path, torch.float32, PAD, seed=3)
-    other = models.new_scorer(actor_path, torch.float32, PAD, seed=4)
+    same = loading.new_scorer(actor_path, torch.float32, PAD, seed=3)
+    other = loading.new_scorer(actor_path, torch.float32, PAD, seed=4)
     assert torch.equal(same.score.weight, scorer.score.weight)
     assert not torch.equal(other.score.weight, scorer.score.weight)
 
@@ -208,12 +211,12 @@ def test_weights_that_are_missing_are_named(actor_path, tmp_path):
         {k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(DataError, match=r"fc1\.weight"):
-        models.load_actor(tmp_path, torch.float32)
+        loading.load_actor(tmp_path, torch.float32)
 
 
 def test_a_language_model_is_no_reward_model(actor_path):
     with pytest.raises(DataError, match=r"score\.weight"):
-        models.load_scorer(actor_path, torch.float32)
+        loading.load_scorer(actor_path, torch.float32)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

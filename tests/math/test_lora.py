@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import config, engine, lora, models, rollout
-from rlhf.engine import Root
+from rlhf.config import training
+from rlhf.data.streams import Purpose, Stream
+from rlhf.data.tokens import pad
 from rlhf.errors import DataError
-from rlhf.generation import Sampling
-from rlhf.streams import Purpose
-from rlhf.tokens import pad
+from rlhf.generation import distributed
+from rlhf.generation.engine import Sampling, uniforms
+from rlhf.models import loading, lora, outputs, saving
+from rlhf.training import engine, rollout
+from rlhf.training.engine import SingleForward
 
 PAD = 1
 close = torch.testing.assert_close
@@ -28,51 +31,57 @@ class NoTokenizer:
 
 
 def settings(**values):
-    return config.Lora(**{"dim": 4, "alpha": 8.0, "learning_rate": 1e-3} | values)
+    return training.Lora(**{"dim": 4, "alpha": 8.0, "learning_rate": 1e-3} | values)
 
 
 def adapted(model, perturbed=True, **values):
     """Return a copy with adapters; with B = 0 they would do nothing, so B gets random values."""
-    made = copy.deepcopy(model)
-    lora.add(made, settings(**values), seed=1)
+    model = copy.deepcopy(model)
+    lora.add(model, settings(**values), seed=1)
     if perturbed:
         noise = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for layer in lora.layers(made).values():
+            for layer in lora.layers(model).values():
                 layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=noise))
-    return made
+    return model
 
 
 def logits(model, sequences):
     batch = pad(sequences(9, 14, 6), PAD, side="left")
     with torch.no_grad():
         labels = torch.arange(14) >= 9  # the last five tokens of every row
-        return models.response_logits(model, batch, labels.expand_as(batch.mask))
+        return outputs.response_logits(model, batch, labels.expand_as(batch.mask))
 
 
 @pytest.fixture
 def scorer(actor_path):
-    return models.new_scorer(actor_path, torch.float32, PAD, seed=3).eval()
+    return loading.new_scorer(actor_path, torch.float32, PAD, seed=3).eval()
 
 
 def test_new_adapters_change_nothing(actor, sequences):
     close(logits(adapted(actor, perturbed=False), sequences), logits(actor, sequences), atol=0, rtol=0)
 
 
-def test_with_adapters_off_the_model_is_what_it_was(actor, sequences):
+def test_with_adapters_disabled_the_model_is_the_one_without_adapters(actor, sequences):
     model = adapted(actor)
     assert not torch.allclose(logits(model, sequences), logits(actor, sequences), atol=0.1)
-    with lora.off(model):
+    with lora.adapters_disabled(model):
         close(logits(model, sequences), logits(actor, sequences), atol=0, rtol=0)
     assert not torch.allclose(logits(model, sequences), logits(actor, sequences), atol=0.1)
 
 
-def test_the_actor_without_its_adapters_is_the_reference_that_a_copy_would_be(actor, scorer, sequences):
+def test_the_actor_with_adapters_disabled_equals_a_separate_reference(actor, scorer, sequences):
     model, sampling = adapted(actor), Sampling(6, 0.7, eos_id=2, pad_id=PAD)
-    made = rollout.reply(model, sequences(3, 9, 5), sampling, 1, Purpose.ROLLOUT, range(3))
+    noise = uniforms(Stream(1, Purpose.ROLLOUT), range(3), 6)
+    generated = distributed.respond(model, sequences(3, 9, 5), sampling, noise)
     copied, same = (
-        rollout.observe(rollout.Models(Root(model), Root(scorer), reference, Root(scorer)), made, 0.7, 2)
-        for reference in (Root(actor), None)
+        rollout.observe(
+            rollout.Models(SingleForward(model), SingleForward(scorer), reference, SingleForward(scorer)),
+            generated,
+            0.7,
+            2,
+        )
+        for reference in (SingleForward(actor), None)
     )
     assert torch.equal(same.ref_logprobs, copied.ref_logprobs)
     assert torch.equal(same.old_logprobs, copied.old_logprobs)
@@ -86,30 +95,31 @@ def test_the_addition_is_scaled_by_alpha_over_dim(actor):
     close(layer(x), plain + 3.0 * (x @ layer.lora_A.T) @ layer.lora_B.T)
 
 
-def test_published_weights_do_what_weights_and_adapters_do(actor, sequences, tmp_path):
+def test_published_weights_give_the_logits_of_weights_and_adapters(actor, sequences, tmp_path):
     model = adapted(actor)
-    models.save(model, NoTokenizer(), tmp_path / "merged")
+    saving.save(model, NoTokenizer(), tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert again.state_dict().keys() == actor.state_dict().keys()
     close(logits(again, sequences), logits(model, sequences), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["actor", "scorer"])
-def test_peft_reads_the_adapter(actor, scorer, actor_path, sequences, tmp_path, kind):
+@pytest.mark.parametrize("role", ["actor", "scorer"])
+def test_peft_reads_the_adapter(actor, scorer, actor_path, sequences, tmp_path, role):
     peft = pytest.importorskip("peft", reason="peft is not installed: its format is not checked")
-    made, auto = (
-        (actor, AutoModelForCausalLM) if kind == "actor" else (scorer, AutoModelForSequenceClassification)
-    )
-    model = adapted(made)
-    models.save_adapter(model, settings(), str(actor_path), tmp_path / "adapter")
+    plain, auto = {
+        "actor": (actor, AutoModelForCausalLM),
+        "scorer": (scorer, AutoModelForSequenceClassification),
+    }[role]
+    model = adapted(plain)
+    saving.save_adapter(model, settings(), str(actor_path), tmp_path / "adapter")
     base = auto.from_pretrained(
-        actor_path, **({} if kind == "actor" else {"num_labels": 1, "pad_token_id": PAD})
+        actor_path, **({} if role == "actor" else {"num_labels": 1, "pad_token_id": PAD})
     )
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     batch = pad(sequences(9, 14, 6), PAD, side="right")
     with torch.no_grad():
-        expected = model(**models.hidden_inputs(model, batch)).logits
-        found = theirs(**models.hidden_inputs(theirs, batch)).logits
+        expected = model(**outputs.hidden_inputs(model, batch)).logits
+        found = theirs(**outputs.hidden_inputs(theirs, batch)).logits
     close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -120,26 +130,32 @@ def test_only_adapters_are_trained_and_a_scorers_head(actor, scorer):
     assert {n for n in trained if not lora.is_adapter(n)} == {"score.weight"}
 
 
-def test_otherwise_all_but_the_targets_weights_are_trained(actor):
+def test_with_only_false_everything_but_the_adapted_weights_is_trained(actor):
     model = adapted(actor, only=False)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"{name}.weight" for name in lora.layers(model)}
 
 
-def test_adapters_have_a_learning_rate_of_their_own(scorer):
-    optimizer = config.Optimizer(
-        learning_rate=0.5, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, max_grad_norm=1.0,
-        schedule="constant", warmup_steps=0, final_ratio=1.0,
-    )  # fmt: skip
+def test_adapters_have_their_own_learning_rate(scorer):
+    optimizer = training.Optimizer(
+        learning_rate=0.5,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        max_grad_norm=1.0,
+        schedule="constant",
+        warmup_steps=0,
+        final_ratio=1.0,
+    )
     model = adapted(scorer)
-    adapters, head = engine._groups(model, optimizer, settings(learning_rate=0.25))
+    adapters, head = engine._parameter_groups(model, optimizer, settings(learning_rate=0.25))
     assert adapters["lr"] == 0.25
     assert len(adapters["params"]) == 2 * len(lora.layers(model))
     assert "lr" not in head
     assert [p is model.score.weight for p in head["params"]] == [True]
 
 
-def test_targets_by_family_are_all_linear_layers_of_a_decoder_layer(actor):
+def test_default_targets_are_all_linear_layers_of_a_decoder_layer(actor):
     found = {name.rpartition(".")[2] for name in lora.layers(adapted(actor))}
     assert found == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert len(lora.layers(adapted(actor))) == 12
@@ -150,7 +166,7 @@ def test_named_targets_match_whole_words_at_the_end_of_a_path(actor):
     assert list(lora.layers(adapted(actor, targets=("layers.1.fc1",)))) == ["model.decoder.layers.1.fc1"]
 
 
-def test_a_target_that_matches_nothing_is_told_with_those_there_are(actor):
+def test_a_target_that_matches_no_layer_is_an_error_with_the_possible_names(actor):
     with pytest.raises(DataError, match=r"roj, w_proj matches no linear layer .* k_proj, lm_head, out_proj"):
         adapted(actor, targets=("roj", "v_proj", "w_proj"))
 
@@ -171,9 +187,9 @@ def test_the_seed_decides_where_adapters_start(actor):
     assert not torch.equal(first, third)
 
 
-def test_the_adapter_is_small_and_says_what_it_belongs_to(actor, actor_path, tmp_path):
-    models.save_adapter(adapted(actor), settings(), str(actor_path), tmp_path / "adapter")
+def test_a_saved_adapter_holds_adapters_only_and_names_its_base_model(actor, actor_path, tmp_path):
+    saving.save_adapter(adapted(actor), settings(), str(actor_path), tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in tensors)
-    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (said["base_model_name_or_path"], said["r"], said["lora_alpha"]) == (str(actor_path), 4, 8.0)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(actor_path), 4, 8.0)

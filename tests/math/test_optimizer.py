@@ -1,4 +1,4 @@
-"""What an optimizer step does to weights: the schedule, clipping, and which weights decay."""
+"""Optimizer steps: the learning rate's schedule, clipping, and which weights decay."""
 
 from __future__ import annotations
 
@@ -10,24 +10,34 @@ import torch
 import trainings
 from safetensors.torch import load_file
 
-from rlhf import config, engine
+from rlhf.config import training
 from rlhf.errors import UserError
+from rlhf.training import engine
 
 STEPS = 40
 
 
 def factors(steps=STEPS, **changes):
     """Return the learning rate of every step over the peak."""
-    optimizer = config.Optimizer(**{
-        "learning_rate": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "max_grad_norm": 1.0,
-        "schedule": "cosine", "warmup_steps": 10, "final_ratio": 0.2, **changes,
-    })  # fmt: skip
+    optimizer = training.Optimizer(
+        **{
+            "learning_rate": 0.5,
+            "weight_decay": 0.1,
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "max_grad_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_steps": 10,
+            "final_ratio": 0.2,
+            **changes,
+        }
+    )
     return [engine.lr_factor(optimizer, step, steps) for step in range(steps + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 10}, {"warmup_steps": None, "warmup_ratio": 0.25}])
-def test_the_rate_rises_evenly_to_the_peak_and_falls_to_its_end(schedule, warmup):
+def test_the_learning_rate_rises_linearly_to_the_peak_and_falls_to_its_end(schedule, warmup):
     found = factors(schedule=schedule, **warmup)
     assert found[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert found[10] == max(found) == 1
@@ -36,7 +46,7 @@ def test_the_rate_rises_evenly_to_the_peak_and_falls_to_its_end(schedule, warmup
     assert found[STEPS] == pytest.approx(0.2)
 
 
-def test_a_line_falls_evenly_and_a_cosine_slowly_at_both_ends():
+def test_linear_falls_evenly_and_cosine_slowly_at_both_ends():
     line, cosine = (
         [b - a for a, b in itertools.pairwise(factors(schedule=s)[10:])] for s in ("linear", "cosine")
     )
@@ -46,16 +56,14 @@ def test_a_line_falls_evenly_and_a_cosine_slowly_at_both_ends():
     assert abs(cosine[15]) > abs(line[15])
 
 
-def test_a_constant_rate_stays_and_without_warmup_the_first_step_has_the_peak():
+def test_a_constant_rate_stays_at_the_peak_and_without_warmup_begins_there():
     assert factors(schedule="constant", warmup_steps=0) == [1.0] * (STEPS + 1)
     assert factors(schedule="constant")[10:] == [1.0] * 31
     assert factors(warmup_steps=0)[0] == 1
 
 
 # An eps far above every gradient makes a first step of AdamW the gradient, times learning rate / eps.
-PLAIN = {
-    "learning_rate": 1.0e6, "eps": 1.0e6, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0
-}  # fmt: skip
+PLAIN = {"learning_rate": 1.0e6, "eps": 1.0e6, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0}
 STILL = {**PLAIN, "learning_rate": 0.5, "eps": 1.0e12, "weight_decay": 0.1, "max_grad_norm": 1.0}
 LINE = {"schedule": "linear", "warmup_steps": 2, "final_ratio": 0.5, "learning_rate": 1.0e-3}
 CUT = 0.01  # a gradient's norm, far below that of a random model
@@ -63,21 +71,22 @@ CUT = 0.01  # a gradient's norm, far below that of a random model
 
 def case(name, optimizer, steps=1, zero=0):
     return {
-        "name": name, "stage": "sft",
+        "name": name,
+        "stage": "sft",
         "changes": {"steps": steps, "optimizer": optimizer, "run": {"zero_stage": zero}},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it has a GPU")
-def test_a_training_that_asks_for_a_gpu_does_not_fall_back_to_the_cpu():
+def test_a_training_that_requires_a_gpu_does_not_fall_back_to_the_cpu():
     run = trainings.settings("sft", {"run": {"gpus": 1}}).run
     with pytest.raises(UserError, match=r"run\.gpus = 1, but torch .* sees no GPU"):
         engine.start(run)
 
 
 @pytest.fixture(scope="module")
-def made(actor_path, tmp_path_factory):
-    """Return name of a case -> directory of what it made."""
+def results(actor_path, tmp_path_factory):
+    """Return name of a case -> directory of its results."""
     root = tmp_path_factory.mktemp("optimizer")
     trainings.write_rows(root / "data/sft", "sft", vocabulary=64)
     cases = [case("decay", STILL), case("line", LINE, steps=6), case("short", {"warmup_steps": 7}, steps=6)]
@@ -101,31 +110,31 @@ def metrics_of(path):
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_gradient_is_clipped_to_its_norm_and_keeps_its_direction(made, actor, zero):
-    """Its norm before is told; a gradient below the limit is left alone."""
-    whole, cut = (moved(made[f"{name}-{zero}"], actor) for name in ("whole", "cut"))
-    (told,) = metrics_of(made[f"cut-{zero}"])
-    assert told["grad_norm"] > 10 * CUT
-    assert whole.norm() == pytest.approx(told["grad_norm"], rel=1e-3)
+def test_a_gradient_is_clipped_to_its_norm_and_keeps_its_direction(results, actor, zero):
+    """The norm before clipping is reported; a gradient below the limit is not changed."""
+    whole, cut = (moved(results[f"{name}-{zero}"], actor) for name in ("whole", "cut"))
+    (metrics,) = metrics_of(results[f"cut-{zero}"])
+    assert metrics["grad_norm"] > 10 * CUT
+    assert whole.norm() == pytest.approx(metrics["grad_norm"], rel=1e-3)
     assert cut.norm() == pytest.approx(CUT, rel=1e-2)
     assert torch.nn.functional.cosine_similarity(whole, cut, dim=0) > 0.999
 
 
-def test_matrices_decay_without_a_gradient_and_vectors_do_not(made, actor):
-    """By learning rate times decay; norms, which are 1, would be seen to shrink."""
+def test_matrices_decay_without_a_gradient_and_vectors_do_not(results, actor):
+    """Matrices by learning rate times decay; norms, which are 1, would visibly shrink."""
     before = actor.state_dict()
-    for name, after in load_file(made["decay"] / "model/model.safetensors").items():
+    for name, after in load_file(results["decay"] / "model/model.safetensors").items():
         kept = 1 - 0.5 * 0.1 if after.dim() >= 2 else 1.0
         torch.testing.assert_close(after, kept * before[name], msg=name)
 
 
-def test_a_training_follows_its_schedule(made):
-    rates = [line["learning_rate"] for line in metrics_of(made["line"])]
+def test_a_training_follows_its_schedule(results):
+    rates = [line["learning_rate"] for line in metrics_of(results["line"])]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
 
 
-def test_a_warmup_that_a_training_is_too_short_for_is_told(made):
-    assert (made["short"] / "warnings.txt").read_text().splitlines() == [
+def test_a_warmup_longer_than_the_training_is_warned_of(results):
+    assert (results["short"] / "warnings.txt").read_text().splitlines() == [
         "a warm-up of 7 steps in a training of 6: the peak learning rate is not reached"
     ]
-    assert (made["line"] / "warnings.txt").read_text() == ""
+    assert (results["line"] / "warnings.txt").read_text() == ""

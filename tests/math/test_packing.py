@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from rlhf import models, packing, reward, sft
-from rlhf.tokens import pack, response_labels
+from rlhf.data.tokens import pack, response_labels
+from rlhf.models import loading, outputs, packing
+from rlhf.training import reward, sft
 
 PAD = 1
 close = torch.testing.assert_close
@@ -31,9 +32,9 @@ def loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_s
     assert cu_seq_q.dtype == torch.int32
     assert max_q == max_k == max(end - start for start, end in pairwise(cu_seq_q.tolist()))
     parts = [[x[start:end].transpose(0, 1) for x in (query, key, value)] for start, end in pairwise(cu_seq_q)]
-    return torch.cat([
-        F.scaled_dot_product_attention(*part, is_causal=True, scale=scale).transpose(0, 1) for part in parts
-    ])  # fmt: skip
+    return torch.cat(
+        [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale).transpose(0, 1) for part in parts]
+    )
 
 
 @pytest.fixture(params=list(families.FAMILIES))
@@ -45,8 +46,8 @@ def path(request, tmp_path):
 def both(load):
     """Return a model twice: one attends by mask, one by the loop."""
     by_mask, by_loop = load(), load()
-    packing.use(by_loop, loop)
-    assert (packing.by_kernel(by_mask), packing.by_kernel(by_loop)) == (False, True)
+    packing.use_kernel(by_loop, loop)
+    assert (packing.uses_kernel(by_mask), packing.uses_kernel(by_loop)) == (False, True)
     return by_mask, by_loop
 
 
@@ -63,14 +64,14 @@ def test_boundaries_are_where_sequences_and_padding_begin(sequences):
     assert (packed.boundaries[0], packed.boundaries.dtype) == (0, torch.int32)
 
 
-def test_a_kernel_sees_what_the_mask_lets_through(path, sequences):
+def test_a_kernel_attends_to_what_the_mask_allows(path, sequences):
     several, prompts = sequences(9, 14, 6, 11, 7), [3, 5, 1, 2, 4]
     packed = pack([[s] for s in several], PAD, 25)
     labels = response_labels(prompts, packed)
     with torch.no_grad():
         expected, found = (
-            models.response_logprobs(model.eval(), packed, labels)
-            for model in both(lambda: models.load_actor(path, torch.float32))
+            outputs.response_logprobs(model.eval(), packed, labels)
+            for model in both(lambda: loading.load_actor(path, torch.float32))
         )
     close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -80,8 +81,8 @@ def test_gradients_are_those_of_padded_rows(path, sequences, checkpointing):
     columns = [sequences(*np.random.default_rng(s).integers(2, 12, 6), seed=s) for s in range(3)]
     pairs = [list(row) for row in zip(*columns, strict=True)]
     for load, task, rows, width in (
-        (lambda: models.load_actor(path, torch.float32), sft.task, [row[:2] for row in pairs], 24),
-        (lambda: models.new_scorer(path, torch.float32, PAD, seed=3), reward.task, pairs, 48),
+        (lambda: loading.load_actor(path, torch.float32), sft.task, [row[:2] for row in pairs], 24),
+        (lambda: loading.new_scorer(path, torch.float32, PAD, seed=3), reward.task, pairs, 48),
     ):
         padded, packed = both(load)
         if checkpointing:
@@ -96,19 +97,19 @@ def test_gradients_are_those_of_padded_rows(path, sequences, checkpointing):
                 )
 
 
-def test_how_a_model_attends_is_not_saved(path, tmp_path):
-    by_mask, by_loop = both(lambda: models.load_actor(path, torch.float32))
+def test_the_attention_implementation_is_not_saved(path, tmp_path):
+    by_mask, by_loop = both(lambda: loading.load_actor(path, torch.float32))
     for name, model in (("mask", by_mask), ("loop", by_loop)):
         model.save_pretrained(tmp_path / name)
     texts = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("mask", "loop")]
     assert texts[0] == texts[1]
 
 
-def test_where_there_are_no_kernels_the_mask_is_kept_and_the_log_says_so(path, caplog):
-    model = models.load_actor(path, torch.float32)
+def test_without_kernels_the_mask_is_kept_and_the_log_says_so(path, caplog):
+    model = loading.load_actor(path, torch.float32)
     before = model.config._attn_implementation
     with caplog.at_level(logging.INFO):
-        packing.choose(model, "bf16")
+        packing.choose_attention(model, "bf16")
     assert model.config._attn_implementation == before
     assert (
         "attention by a block-diagonal mask (there are no kernels of variable length on cpu)" in caplog.text
@@ -122,23 +123,23 @@ def test_where_there_are_no_kernels_the_mask_is_kept_and_the_log_says_so(path, c
         ({}, "fp16", (9, 0), None),
         ({}, "fp32", (9, 0), "compute in 16 bits, dtype is fp32"),
         ({}, "bf16", (7, 5), "need a GPU of compute capability 8.0"),
-        ({"sliding_window": 16}, "bf16", (9, 0), "a llama model has attention of its own kind"),
-        ({"model_type": "gemma2"}, "bf16", (9, 0), "a gemma2 model has attention of its own kind"),
-        ({"head_dim": 12}, "bf16", (9, 0), "cannot do heads of 12 channels"),
-        ({"head_dim": 512}, "bf16", (9, 0), "cannot do heads of 512 channels"),
+        ({"sliding_window": 16}, "bf16", (9, 0), "a llama model has a different attention"),
+        ({"model_type": "gemma2"}, "bf16", (9, 0), "a gemma2 model has a different attention"),
+        ({"head_dim": 12}, "bf16", (9, 0), "do not support heads of 12 channels"),
+        ({"head_dim": 512}, "bf16", (9, 0), "do not support heads of 512 channels"),
     ],
 )
-def test_kernels_are_used_where_they_can_do_it(monkeypatch, changes, dtype, capability, why_not):
+def test_kernels_are_used_where_they_support_the_model(monkeypatch, changes, dtype, capability, why_not):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = families.tiny("llama").config
     for name, value in changes.items():
         setattr(config, name, value)
-    said = packing._why_not(config, dtype, torch.device("cuda"))
-    assert said is None if why_not is None else why_not in said
+    reason = packing._obstacle(config, dtype, torch.device("cuda"))
+    assert reason is None if why_not is None else why_not in reason
 
 
-def test_torchs_kernel_takes_what_it_is_given():
-    """It cannot run here; what it is called with is checked against its signature."""
+def test_torchs_kernel_has_the_arguments_that_it_is_called_with():
+    """It cannot run here; its signature is checked."""
     q = torch.zeros(3, 2, 8)
     ends = torch.tensor([0, 3], dtype=torch.int32)
     inspect.signature(varlen_attn).bind(q, q, q, ends, ends, 3, 3, scale=1.0, window_size=(-1, 0))
@@ -147,10 +148,10 @@ def test_torchs_kernel_takes_what_it_is_given():
 def test_a_neighbour_changes_nothing(sequences):
     first, second, other = *sequences(9, 14), sequences(14, seed=1)[0]
     model = families.tiny("llama")
-    packing.use(model, loop)
+    packing.use_kernel(model, loop)
     with torch.no_grad():
         one, two = (
-            model(**models.hidden_inputs(model, pack([[first, s]], PAD, 25))).logits for s in (second, other)
+            model(**outputs.hidden_inputs(model, pack([[first, s]], PAD, 25))).logits for s in (second, other)
         )
     assert torch.equal(one[:, :9], two[:, :9])
     assert not torch.equal(one[:, 9:], two[:, 9:])

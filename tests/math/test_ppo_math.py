@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf import ppo_math
+from rlhf.training import ppo_math
 
 B, A = 5, 7
 LENGTHS = torch.tensor([7, 1, 4, 6, 2])
@@ -28,13 +28,13 @@ def close(a, b, **tolerance):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_whitened_values_have_mean_0_and_variance_1_over_the_mask(seed):
-    made = ppo_math.whiten(7 + 3 * noise(seed), MASK)
-    close(made[MASK].mean(), torch.tensor(0.0))
-    close(made[MASK].var(unbiased=False), torch.tensor(1.0), atol=1e-6)
-    assert (made[~MASK] == 0).all()
+    whitened = ppo_math.whiten(7 + 3 * noise(seed), MASK)
+    close(whitened[MASK].mean(), torch.tensor(0.0))
+    close(whitened[MASK].var(unbiased=False), torch.tensor(1.0), atol=1e-6)
+    assert (whitened[~MASK] == 0).all()
 
 
-def test_whitening_does_not_see_shift_and_scale():
+def test_whitening_ignores_shift_and_scale():
     x = noise(0)
     close(ppo_math.whiten(5 * x - 100, MASK), ppo_math.whiten(x, MASK), atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_without_discount_returns_are_rewards_to_go(seed):
     close(returns, rewards.flip(-1).cumsum(-1).flip(-1) * MASK)
 
 
-def test_with_lambda_0_an_advantage_sees_one_reward_only():
+def test_with_lambda_0_an_advantage_depends_on_one_reward_only():
     values = noise(1)
     before, _ = ppo_math.gae(noise(0) * MASK, values, MASK, 0.9, 0.0)
     for t in range(A):
@@ -113,7 +113,7 @@ def test_the_score_lands_on_the_last_real_token():
     close(rewards.sum(-1), torch.arange(1.0, B + 1))
 
 
-def test_divergence_costs_in_proportion_to_the_coefficient():
+def test_the_kl_penalty_is_proportional_to_the_coefficient():
     kl, scores = noise(0) * MASK, noise(1, B)
     totals = [ppo_math.shape_rewards(kl, scores, MASK, c).sum(-1) for c in (0.0, 1.0, 2.0)]
     close(totals[0], scores)
@@ -128,14 +128,14 @@ def policy_gradient(ratio, advantage, clip_range=0.2):
 
 
 @pytest.mark.parametrize(("ratio", "advantage"), [(1.3, 1.0), (5.0, 0.1), (0.7, -1.0), (0.01, -3.0)])
-def test_outside_the_clip_range_nothing_is_gained_by_going_on(ratio, advantage):
+def test_outside_the_clip_range_the_gradient_is_0(ratio, advantage):
     assert policy_gradient(ratio, advantage) == 0
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage"), [(1.0, 1.0), (1.1, 1.0), (0.7, 1.0), (1.0, -1.0), (0.9, -1.0), (1.3, -1.0)]
 )
-def test_inside_it_or_on_the_way_back_the_advantage_gives_the_direction(ratio, advantage):
+def test_inside_the_clip_range_or_on_the_way_back_the_gradient_follows_the_advantage(ratio, advantage):
     assert policy_gradient(ratio, advantage) * advantage < 0
 
 
@@ -161,19 +161,19 @@ def test_the_value_loss_is_0_at_the_return_and_clipping_never_makes_it_smaller()
 
 
 @pytest.mark.parametrize(("value", "moves"), [(0.1, True), (0.5, False), (-0.5, True), (2.0, True)])
-def test_a_value_far_from_the_rollouts_is_not_drawn_further_towards_the_return(value, moves):
+def test_a_value_outside_its_clip_range_has_no_gradient_towards_the_return(value, moves):
     values = torch.tensor([[value]], requires_grad=True)
     ppo_math.value_loss(values, torch.zeros(1, 1), torch.tensor([[1.0]]), 0.2).sum().backward()
     assert (values.grad.item() != 0) == moves
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_kl_estimate_is_never_negative_and_0_where_nothing_changed(seed):
+def test_the_kl_estimate_is_never_negative_and_0_for_equal_policies(seed):
     assert (ppo_math.approx_kl(3 * noise(seed)) >= 0).all()
     assert (ppo_math.approx_kl(torch.zeros(B, A)) == 0).all()
 
 
-def test_the_kl_estimate_is_right_on_average():
+def test_the_kl_estimate_is_unbiased():
     old, new = noise(0, 9).log_softmax(-1), noise(1, 9).log_softmax(-1)
     exact = torch.nn.functional.kl_div(new, old, log_target=True, reduction="sum")
     close((old.exp() * ppo_math.approx_kl(new - old)).sum(), exact)
@@ -193,7 +193,7 @@ def test_a_perfect_critic_explains_all_and_a_constant_one_nothing():
     assert ppo_math.explained_variance(-returns, returns, MASK) < 0
 
 
-def test_correlation_knows_direction_alone():
+def test_correlation_ignores_shift_and_scale():
     x, y = noise(0)[:, 0], noise(1)[:, 0]
     close(ppo_math.correlation(x, 3 * x + 1), torch.tensor(1.0))
     close(ppo_math.correlation(x, -x), torch.tensor(-1.0))

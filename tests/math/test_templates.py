@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.errors import DataError
-from rlhf.templates import (
+from rlhf.data.templates import (
     ASSISTANT,
     TURN_TOKENS,
     USER,
@@ -18,6 +17,7 @@ from rlhf.templates import (
     prompt_texts,
     response_texts,
 )
+from rlhf.errors import DataError
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", USER, ASSISTANT]
 CHATML = (
@@ -28,7 +28,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="<>"), min_size=
 chats = st.lists(texts, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0)
 
 
-def made(template=TURN_TOKENS, **tokens):
+def new_tokenizer(template=TURN_TOKENS, **tokens):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -39,14 +39,17 @@ def made(template=TURN_TOKENS, **tokens):
     bpe.train_from_iterator(["how are you", "I am well, how are you"] * 3, trainer)
     tokens = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | tokens
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, additional_special_tokens=[USER, ASSISTANT], chat_template=template,
-        padding_side="left", **tokens,
-    )  # fmt: skip
+        tokenizer_object=bpe,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=template,
+        padding_side="left",
+        **tokens,
+    )
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return made()
+    return new_tokenizer()
 
 
 def halves(tokenizer, turns):
@@ -69,13 +72,13 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 @quick
 @given(turns=chats)
-def test_prompt_and_response_make_the_whole_conversation(tokenizer, turns):
+def test_prompt_and_response_are_together_the_whole_conversation(tokenizer, turns):
     assert "".join(halves(tokenizer, turns)) == whole(tokenizer, turns)
 
 
 @quick
 @given(turns=chats)
-def test_bos_stands_exactly_once_and_first(tokenizer, turns):
+def test_bos_is_the_first_token_and_occurs_once(tokenizer, turns):
     prompt, response = (encoded(tokenizer, half) for half in halves(tokenizer, turns))
     assert prompt[0] == tokenizer.bos_token_id
     assert (prompt + response).count(tokenizer.bos_token_id) == 1
@@ -83,7 +86,7 @@ def test_bos_stands_exactly_once_and_first(tokenizer, turns):
 
 @quick
 @given(turns=chats)
-def test_eos_ends_the_response_and_each_reply_before_it(tokenizer, turns):
+def test_eos_ends_the_response_and_each_response_before_it(tokenizer, turns):
     prompt, response = (encoded(tokenizer, half) for half in halves(tokenizer, turns))
     assert response[-1] == tokenizer.eos_token_id
     assert response.count(tokenizer.eos_token_id) == 1
@@ -92,14 +95,14 @@ def test_eos_ends_the_response_and_each_reply_before_it(tokenizer, turns):
 
 @quick
 @given(turns=chats)
-def test_tokenising_halves_is_tokenising_the_whole(tokenizer, turns):
+def test_prompt_and_response_are_tokenised_as_the_whole_conversation(tokenizer, turns):
     prompt, response = (encoded(tokenizer, half) for half in halves(tokenizer, turns))
     assert prompt + response == encoded(tokenizer, whole(tokenizer, turns))
 
 
 @quick
 @given(turns=chats)
-def test_the_words_of_a_reply_come_back(tokenizer, turns):
+def test_a_decoded_response_is_its_text(tokenizer, turns):
     _, response = halves(tokenizer, turns)
     assert tokenizer.decode(encoded(tokenizer, response), skip_special_tokens=True) == turns[-1]
 
@@ -108,39 +111,39 @@ def test_many_prompts_are_rendered_as_one_by_one(tokenizer):
     prompts = [["a"], ["b", "c", "d"]]
     together = prompt_texts(tokenizer, prompts)
     assert together == [prompt_texts(tokenizer, [p])[0] for p in prompts]
-    replies = response_texts(tokenizer, prompts, together, ["x", "y"])
-    assert replies == [halves(tokenizer, [*p, r])[1] for p, r in zip(prompts, "xy", strict=True)]
+    responses = response_texts(tokenizer, prompts, together, ["x", "y"])
+    assert responses == [halves(tokenizer, [*p, r])[1] for p, r in zip(prompts, "xy", strict=True)]
 
 
-def test_a_prompt_that_the_assistant_ends_is_refused(tokenizer):
+def test_a_prompt_that_ends_with_the_assistants_turn_is_refused(tokenizer):
     with pytest.raises(DataError, match="ends with the user's turn"):
         prompt_texts(tokenizer, [["a"], ["a", "b"]])
 
 
 def test_a_template_that_closes_turns_itself_gets_no_second_eos():
-    prompt, response = halves(made(CHATML, eos_token="<|im_end|>"), ["a", "b"])
+    prompt, response = halves(new_tokenizer(CHATML, eos_token="<|im_end|>"), ["a", "b"])
     assert response == "b<|im_end|>"
     assert prompt.endswith("<|im_start|>assistant\n")
 
 
 def test_a_template_without_eos_gets_one():
-    _, response = halves(made(CHATML), ["a", "b"])
+    _, response = halves(new_tokenizer(CHATML), ["a", "b"])
     assert response == "b<|im_end|></s>"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="changes the prompt when a reply follows"):
-        halves(made(template), ["a", "b"])
+    with pytest.raises(DataError, match="changes the prompt when a response follows"):
+        halves(new_tokenizer(template), ["a", "b"])
 
 
 @pytest.mark.parametrize(
     ("tokenizer_", "why"),
     [
-        (lambda: made(template=None), "no chat template"),
-        (lambda: made(pad_token="</s>"), "EOS and a padding token that differ"),
-        (lambda: made(pad_token=None), "EOS and a padding token that differ"),
-        (lambda: made(eos_token=None), "EOS and a padding token that differ"),
+        (lambda: new_tokenizer(template=None), "no chat template"),
+        (lambda: new_tokenizer(pad_token="</s>"), "EOS and a padding token that differ"),
+        (lambda: new_tokenizer(pad_token=None), "EOS and a padding token that differ"),
+        (lambda: new_tokenizer(eos_token=None), "EOS and a padding token that differ"),
     ],
 )
 def test_a_tokenizer_that_cannot_train_is_refused(tmp_path, tokenizer_, why):
@@ -158,23 +161,23 @@ def test_a_tokenizer_is_loaded_as_it_was_saved(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({}, []),
         ({"chat_template": "{{ 'other' }}"}, ["chat template"]),
         ({"eos_token": "<unk>", "pad_token": "<unk>"}, ["EOS", "padding"]),
     ],
 )
-def test_what_makes_other_tokens_of_a_conversation_is_told(tokenizer, change, told):
+def test_differences_between_tokenizers_are_named(tokenizer, change, expected):
     other = copy.deepcopy(tokenizer)
     for name, value in change.items():
         setattr(other, name, value)
-    assert differences(tokenizer, other) == told
+    assert differences(tokenizer, other) == expected
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"version": "1.0"}'])
-def test_a_tokenizer_that_cannot_be_read_is_told_with_its_path(tmp_path, text):
-    made().save_pretrained(tmp_path)
+def test_a_tokenizer_that_cannot_be_read_is_an_error_with_its_path(tmp_path, text):
+    new_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     if text is not None:
         (tmp_path / "tokenizer.json").write_text(text)

@@ -22,11 +22,16 @@ import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
 
-from rlhf import config, engine, models, parallel, ppo, reward, sft, sharding, supervised, tokens
-from rlhf.generation import Sampling
-from rlhf.layers import merge
-from rlhf.rows import PARTS, RowWriter
-from rlhf.state import State
+from rlhf import parallel
+from rlhf.config import stages, training
+from rlhf.config.overrides import merge
+from rlhf.data import tokens
+from rlhf.data.rows import PARTS, RowWriter
+from rlhf.generation.engine import Sampling
+from rlhf.models import loading, saving, sharding
+from rlhf.training import engine, ppo, reward, sft, supervised
+from rlhf.training.paths import Paths
+from rlhf.training.state import State
 
 FILE = Path(__file__).parents[2] / "config.yaml"
 SCRIPTS = FILE.parent / "scripts"
@@ -37,19 +42,22 @@ BASE = {
     "sft": {"steps": 10, "train_batch_size": 16, "eval_rows": 100, "run": RUN},
     "reward": {"steps": 10, "epochs": None, "train_batch_size": 16, "eval_rows": 100, "run": RUN},
     "rlhf": {
-        "iterations": 2, "rollout_batch_size": 16, "reward_samples": 16, "max_new_tokens": 8,
+        "iterations": 2,
+        "rollout_batch_size": 16,
+        "reward_samples": 16,
+        "max_new_tokens": 8,
         "run": {**RUN, "generation_batch_size": 8, "save_steps": 1},
     },
-}  # fmt: skip
+}
 
 
-def settings(stage: str, changes: dict) -> config.Section:
+def settings(stage: str, changes: dict) -> training.Section:
     """Return a stage's section of the built-in scenario, made small, with a case's changes."""
     tree = yaml.safe_load(FILE.read_text())
     merged = merge(merge(tree["defaults"][stage], BASE[stage]), changes)
     if merged["dtype"] == "fp16":  # a user needs GPUs for it; here CPUs do what they do, see `main`
         merged = merge(merged, {"run": {"gpus": merged["run"]["processes"]}})
-    return {"sft": config.Sft, "reward": config.Reward, "rlhf": config.Rlhf}[stage].model_validate(merged)
+    return {"sft": stages.Sft, "reward": stages.Reward, "rlhf": stages.Rlhf}[stage].model_validate(merged)
 
 
 def write_rows(path: Path, stage: str, vocabulary: int, longest: int = 12) -> None:
@@ -63,24 +71,24 @@ def write_rows(path: Path, stage: str, vocabulary: int, longest: int = 12) -> No
 
 
 def run(case: dict, sources: dict[str, Path], where: Path) -> None:
-    """Train one case; save its models, adapters and metrics below `where`, and what was done to make them."""
-    made = settings(case["stage"], case.get("changes", {}))
+    """Train one case; save its models, adapters and metrics below `where`, and how they were made."""
+    config = settings(case["stage"], case.get("changes", {}))
     work = where / "work"
     before = memory_mib()
     with (
         warnings_in(where / "warnings.txt"),
-        watching(engine, "initialise") as engines,
+        watching(engine, "initialize") as engines,
         watching(engine, "frozen") as frozen,
         watching(tokens, "pack") as packs,
     ):
-        measured, trained = train(case["stage"], made, sources, work, where)
+        metrics, trained = train(case["stage"], config, sources, work, where)
     peak = memory_mib()
     for role, (model, adapters) in trained.items():
         save(model, where / role)
         if adapters and adapters.only:
             base = sources["scorer" if role == "critic" else "actor"]
-            models.save_adapter(model, adapters, str(base), where / f"{role}_adapter")
-    if made.run.zero_stage == 3:
+            saving.save_adapter(model, adapters, str(base), where / f"{role}_adapter")
+    if config.run.zero_stage == 3:
         shards = where / "shards"
         if parallel.rank() == 0:
             shards.mkdir()
@@ -88,17 +96,17 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
         sharding.write_shards(trained["model"][0], shards, SHARD_BYTES)
     if parallel.rank() == 0:
         done = {
-            "run": made.run.model_dump(mode="json"),
-            "engines": [seen_of(e) for e in engines],
-            "frozen": [seen_of(e) for e in frozen],
+            "run": config.run.model_dump(mode="json"),
+            "engines": [described(e) for e in engines],
+            "frozen": [described(e) for e in frozen],
             "packs": [[len(p.ends), len(p.ids)] for p in packs],
         }
         (where / "done.json").write_text(json.dumps(done))
-        (where / "measured.json").write_text(json.dumps(measured))
+        (where / "measured.json").write_text(json.dumps(metrics))
         (where / "memory.json").write_text(json.dumps({"before_mib": before, "peak_mib": peak}))
         shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
     if case.get("again"):
-        resume(case["stage"], made, sources, work, where / "again")
+        resume(case["stage"], config, sources, work, where / "again")
     parallel.barrier()
     if parallel.rank() == 0:
         (where / "state.json").write_text(json.dumps(saved_weights(work)))
@@ -107,7 +115,7 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
 
 @contextmanager
 def warnings_in(path: Path):
-    """Write what rank 0 of the library warns of inside of the block to a file."""
+    """Write the library's warnings on rank 0 inside of the block to a file."""
     logger = logging.getLogger("rlhf")
     if parallel.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,19 +139,19 @@ def watching(owner, name: str):
         setattr(owner, name, function)
 
 
-def seen_of(rooted) -> dict:
-    """Return how an engine, or a model that only computes, is run, by the names of the configuration."""
-    if not hasattr(rooted, "zero_optimization_stage"):
+def described(wrapped) -> dict:
+    """Return how an engine, or a model that only computes, is run, in the configuration's words."""
+    if not hasattr(wrapped, "zero_optimization_stage"):
         return {"zero_stage": 0, "offload": []}
-    zero, adam = rooted.optimizer, getattr(rooted, "basic_optimizer", None)
+    zero, adam = wrapped.optimizer, getattr(wrapped, "basic_optimizer", None)
     flags = {
         "optimizer": ("cpu_offload", "offload_optimizer"),
         "parameters": ("offload_param", "offload_device"),
     }
     return {
-        "zero_stage": rooted.zero_optimization_stage(),
+        "zero_stage": wrapped.zero_optimization_stage(),
         "offload": [what for what, names in flags.items() if any(getattr(zero, n, None) for n in names)],
-        "gradient_checkpointing": engine.bare(rooted).is_gradient_checkpointing,
+        "gradient_checkpointing": engine.unwrap(wrapped).is_gradient_checkpointing,
         "moments_on": sorted({s["exp_avg"].device.type for s in getattr(adam, "state", {}).values()}),
     }
 
@@ -162,7 +170,7 @@ def saved_weights(work: Path) -> list[str]:
     return sorted(torch.load(files[0], weights_only=False)["module"]) if files else []
 
 
-def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
+def resume(stage: str, config: training.Section, sources: dict[str, Path], work: Path, where: Path) -> None:
     """Lose the newest state, as if killed before it was saved; train on from the one before."""
     if parallel.rank() == 0:  # elsewhere, since this process still holds the lock of `work`
         shutil.copytree(work, where / "work", ignore=shutil.ignore_patterns("lock"))
@@ -170,39 +178,39 @@ def resume(stage: str, made: config.Section, sources: dict[str, Path], work: Pat
     parallel.barrier()
     work = where / "work"
     with watching(State, "load") as loaded:
-        _, trained = train(stage, made, sources, work, where)
-    assert loaded[0] is not None, "it began anew, which gives the same bytes"
+        _, trained = train(stage, config, sources, work, where)
+    assert loaded[0] is not None, "it started from the beginning, which gives the same bytes"
     for role, (model, _) in trained.items():
         save(model, where / role)
     if parallel.rank() == 0:
         shutil.copy(work / "metrics.jsonl", where / "metrics.jsonl")
 
 
-def train(stage: str, made: config.Section, sources: dict[str, Path], work: Path, where: Path):
-    """Train as the stage's entry script does; return what was measured, and role -> a model and its LoRA."""
-    dtype, actor = engine.DTYPES[made.dtype], sources["actor"]
-    data, board = sources["data"] / stage, where / "board"
+def train(stage: str, config: training.Section, sources: dict[str, Path], work: Path, where: Path):
+    """Train as the stage's entry script does; return its metrics, and role -> a model and its LoRA."""
+    dtype, actor, data = engine.DTYPES[config.dtype], sources["actor"], sources["data"]
+    paths = Paths(data / stage, work, where / "board", ptx=data / "sft" if stage == "rlhf" else None)
     if stage == "rlhf":
-        four = ppo.load(actor, sources["scorer"], made)
-        sampling = Sampling(made.max_new_tokens, made.temperature, EOS, PAD)
-        data = {"data": sources["data"] / "rlhf", "ptx": sources["data"] / "sft"}
-        measured, _, ema = ppo.train(four, made, sampling, SEED, data, work, board)
-        if ema:
-            with ema.in_place():
-                save(four.actor, where / "model_ema")
-        return measured, {"model": (four.actor, made.actor_lora), "critic": (four.critic, made.critic_lora)}
-    with engine.loading(actor, made.dtype, sharded=made.run.zero_stage == 3):
+        models = ppo.load(actor, sources["scorer"], config)
+        sampling = Sampling(config.max_new_tokens, config.temperature, EOS, PAD)
+        trained = ppo.train(models, config, sampling, SEED, paths)
+        if trained.ema:
+            with trained.ema.applied():
+                save(models.actor, where / "model_ema")
+        roles = {"model": (models.actor, config.actor_lora), "critic": (models.critic, config.critic_lora)}
+        return trained.metrics, roles
+    with engine.loading(actor, config.dtype, sharded=config.run.zero_stage == 3):
         if stage == "reward":
-            model = models.new_scorer(actor, dtype, PAD, SEED)
+            model = loading.new_scorer(actor, dtype, PAD, SEED)
         else:
-            model = models.load_actor(actor, dtype)
-    width = {"sft": 1, "reward": 2}[stage] * made.max_tokens if made.run.packing else None
+            model = loading.load_actor(actor, dtype)
+    width = {"sft": 1, "reward": 2}[stage] * config.max_tokens if config.run.packing else None
     task = {"sft": sft, "reward": reward}[stage].task(PAD, width)
-    return supervised.train(task, model, made, SEED, data, work, board)[0], {"model": (model, made.lora)}
+    return supervised.train(task, model, config, SEED, paths).metrics, {"model": (model, config.lora)}
 
 
 class NoTokenizer:
-    """Stands where a tokenizer is saved: these models have none."""
+    """Takes the place of a tokenizer when a model is saved: these models have none."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, EOS, PAD
 
@@ -214,9 +222,17 @@ def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dic
     """Run cases in one launch of `processes` processes; return the directory with what they made."""
     log, plan = path / "log", write_plan(path, processes, sources, cases)
     command = [
-        sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--gpus", str(gpus), "--log", str(log),
-        __file__, str(plan),
-    ]  # fmt: skip
+        sys.executable,
+        str(SCRIPTS / "launch.py"),
+        "--processes",
+        str(processes),
+        "--gpus",
+        str(gpus),
+        "--log",
+        str(log),
+        __file__,
+        str(plan),
+    ]
     run = subprocess.run(command, env=environment(), stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == 0, log.read_text()[-6000:]
     return path / "out"
@@ -225,8 +241,8 @@ def launch(path: Path, processes: int, sources: dict[str, Path], cases: list[dic
 def side_by_side(path: Path, sources: dict[str, Path], cases: list[dict], processes: int) -> dict[str, Path]:
     """Share cases out to trainings of one process each that run at once; return name -> what a case made.
 
-    They share the GPU, if there is one: `launch.py` is not asked. A case that fails leaves its error in
-    `error.txt` and the others go on.
+    They share the GPU, if there is one: `launch.py` is not used. A case that fails leaves its error in
+    `error.txt`; the others continue.
     """
     shares = [cases[i::processes] for i in range(processes)]
     places = [path / f"share-{i}" for i in range(processes)]
@@ -274,7 +290,7 @@ def environment() -> dict[str, str]:
 
 
 def save(model, path: Path) -> None:
-    models.save(model, NoTokenizer(), path)
+    saving.save(model, NoTokenizer(), path)
 
 
 def main() -> None:

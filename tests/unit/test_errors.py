@@ -27,9 +27,12 @@ run_main(main)
 def run(later, disposition):
     """Run the program where a shell has set what SIGINT does; the second one comes `later` seconds later."""
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(later)], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", PROGRAM, str(later)],
+        capture_output=True,
+        text=True,
+        check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("later", "printed"), [(0, "put in order\n"), (1.2, "")])
@@ -39,6 +42,6 @@ def test_an_interrupt_that_comes_twice_is_one_and_a_later_one_breaks_off_the_end
     assert (done.returncode, done.stdout, done.stderr) == (130, printed, "interrupted\n")
 
 
-def test_a_job_in_the_background_goes_on_ignoring_interrupts():
+def test_a_job_in_the_background_keeps_ignoring_interrupts():
     done = run(0, signal.SIG_IGN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "put in order\n", "")

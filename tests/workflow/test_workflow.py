@@ -10,10 +10,11 @@ import sys
 import pytest
 
 ACTOR = "results/smoke/rlhf/actor"
+LINKS = {"link": 4, "link_curves": 3}  # an actor, and what is named with it
 
 
 def test_the_plan_from_an_empty_volume_makes_each_artefact_once(empty):
-    expected = {"model": 1, "dataset": 2, "data": 3, "sft": 1, "reward": 1, "rlhf": 1, "link": 1}
+    expected = {"model": 1, "dataset": 2, "data": 3, "sft": 1, "reward": 1, "rlhf": 1, **LINKS}
     assert empty.jobs(ACTOR) == expected
 
 
@@ -21,25 +22,102 @@ def test_scenarios_that_differ_in_ppo_share_all_else(empty):
     other = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.4}}}"
     jobs = empty.jobs(ACTOR, "results/other/rlhf/actor", config=other)
     assert jobs["sft"] == jobs["reward"] == 1
-    assert jobs["rlhf"] == jobs["link"] == 2
+    assert jobs["rlhf"] == 2
+    assert {rule: 2 * count for rule, count in LINKS.items()}.items() <= jobs.items()
 
 
 def test_a_job_says_in_words_what_it_makes_and_for_whom(empty):
     text = empty.snakemake("-n", ACTOR).stdout
-    assert "Step 1: supervised fine-tuning of builtin/opt-2x64-bpe1024 for smoke" in text
+    assert "Supervised fine-tuning of builtin/opt-2x64-bpe1024 for smoke" in text
     assert (
-        "Step 3: PPO of builtin/opt-2x64-bpe1024 with the reward model from builtin/opt-2x64-bpe1024 for smoke"
+        "PPO of builtin/opt-2x64-bpe1024 with the reward model from builtin/opt-2x64-bpe1024 for smoke"
         in text
     )
 
 
-def test_the_scenario_asked_for_decides_how_a_shared_artefact_is_run(empty):
+def test_an_actor_is_made_with_the_names_of_what_it_was_built_from_and_its_curves(empty):
+    text = empty.snakemake("-n", ACTOR).stdout
+    names = set(re.findall(r"results/smoke/\S+(?= is a name for )", text))
+    models = {"sft/actor", "reward/model", "rlhf/critic", "rlhf/actor"}
+    curves = {f"{stage}/curves.png" for stage in ("sft", "reward", "rlhf")}
+    assert names == {f"results/smoke/{name}" for name in models | curves}
+
+
+@pytest.mark.parametrize(
+    ("target", "links"),
+    [
+        ("sft/actor", {"link": 1, "link_curves": 1}),
+        ("reward/model", {"link": 1, "link_curves": 1}),
+        ("rlhf/critic", {"link": 1}),
+        ("rlhf/eval", {"link": 1}),
+        ("rlhf/curves.png", {"link_curves": 1}),
+    ],
+)
+def test_other_results_are_made_with_their_curves_at_most(empty, target, links):
+    jobs = empty.jobs(f"results/smoke/{target}")
+    assert {rule: count for rule, count in jobs.items() if rule.startswith("link")} == links
+
+
+def plan_of(text):
+    """Return the numbered lines that a dry run ends with."""
+    headline, *lines = text[text.rindex("\n\n") :].strip().split("\n")
+    assert re.fullmatch(r"\d+ jobs? would run, in this order:", headline)
+    assert int(headline.split()[0]) == len(lines)
+    numbers, titles = zip(*(line.strip().split(". ", 1) for line in lines), strict=True)
+    assert [*map(int, numbers)] == [*range(1, len(lines) + 1)]
+    return titles
+
+
+def test_a_dry_run_ends_with_one_line_for_each_job_in_order_and_none_for_links(empty):
+    titles = plan_of(empty.snakemake("-n", ACTOR).stdout)
+    kinds = [
+        re.match(r"Dataset|Pretrained model|Tokenised rows|Supervised|Reward model|PPO", title)[0]
+        for title in titles
+    ]
+    assert sorted(kinds[:3]) == ["Dataset", "Dataset", "Pretrained model"]
+    assert kinds[3:6] == ["Tokenised rows"] * 3
+    assert sorted(kinds[6:8]) == ["Reward model", "Supervised"]
+    assert kinds[8:] == ["PPO"]
+
+
+def test_the_lines_of_a_dry_run_are_the_same_every_time(empty):
+    one, two = (plan_of(empty.snakemake("-n", ACTOR).stdout) for _ in range(2))
+    assert one == two
+
+
+def test_the_lines_of_a_dry_run_follow_what_is_there(empty):
+    table = empty.snakemake(ACTOR, "--summary").stdout
+    for name in re.findall(r"^((?:models|datasets|store|results)/\S+)\t", table, re.M):
+        path = empty.volume / name
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        (path if path.suffix else path / "provenance.json").write_text("{}")
+    assert empty.snakemake("-n", ACTOR).stdout.endswith("Nothing would run: everything exists.\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dag", "dot"),
+        ("-n", "--dag", "dot"),
+        ("--rulegraph", "dot"),
+        ("-n", "--summary"),
+        ("-n", "--quiet"),
+    ],
+    ids=" ".join,
+)
+def test_what_another_program_reads_has_no_lines_of_ours(empty, options):
+    text = empty.snakemake(ACTOR, *options).stdout
+    assert "would run" not in text
+    assert "Supervised fine-tuning" not in text
+
+
+def test_the_requested_scenario_decides_how_a_shared_artefact_is_run(empty):
     other = "scenarios: {other: {base: smoke, sft: {run: {threads: 2}}}}"
     text = empty.snakemake("-n", "results/other/sft/actor", config=other).stdout
     assert "for other, smoke (run as other says; smoke would run it otherwise)" in text
 
 
-def test_steps_one_and_two_do_not_wait_for_each_other(empty):
+def test_sft_and_the_reward_model_do_not_wait_for_each_other(empty):
     lines = empty.snakemake("--dag", "dot", ACTOR).stdout.splitlines()
     nodes = {n.split("[")[0].strip(): n for n in lines if "label" in n}
     edges = {tuple(e.strip().split(" -> ")) for e in lines if "->" in e}
@@ -96,13 +174,13 @@ def test_a_volume_that_cannot_be_written_to_is_refused(empty, pvc):
     assert f"pvc = '{pvc}'" in run.stderr
 
 
-def test_a_scenario_that_stands_twice_is_refused(empty):
+def test_a_scenario_that_is_written_twice_is_refused(empty):
     run = empty.snakemake("-n", ACTOR, config="scenarios: {a: {}, b: {}, a: {base: b}}\n", check=False)
     assert run.returncode == 2
-    assert "line 2: a stands twice in one mapping" in run.stderr
+    assert "line 2: a is twice in one mapping" in run.stderr
 
 
-def test_a_config_yaml_that_is_no_yaml_is_told_by_its_line(empty, tmp_path):
+def test_a_config_yaml_that_is_no_yaml_is_reported_by_its_line(empty, tmp_path):
     copied = tmp_path / "project"
     for name in ("rules", "scripts"):
         shutil.copytree(empty.project / name, copied / name)
@@ -113,7 +191,7 @@ def test_a_config_yaml_that_is_no_yaml_is_told_by_its_line(empty, tmp_path):
     assert "error: config.yaml, line 3: " in run.stderr
 
 
-def test_what_lies_on_another_pvc_is_made_there_under_the_same_name(empty, tmp_path_factory):
+def test_what_is_on_another_pvc_is_made_there_under_the_same_name(empty, tmp_path_factory):
     """A model that is there is not made again; on the other volume it is."""
     elsewhere, model = type(empty)(tmp_path_factory.mktemp("elsewhere")), "models/builtin/opt-2x64-bpe1024"
     names = [line for line in empty.snakemake("-n", ACTOR).stdout.split() if line.startswith(model)]
@@ -133,7 +211,7 @@ def test_a_directory_in_an_artefacts_place_that_is_none_is_refused(empty):
     (empty.volume / half / "model").mkdir(parents=True)
     run = empty.snakemake("-n", ACTOR, check=False)
     assert (run.returncode, "Traceback" in run.stderr) == (2, False)
-    assert f"no provenance.json in {empty.volume / half}: not a whole artefact" in run.stderr
+    assert f"no provenance.json in {empty.volume / half}: an incomplete artefact" in run.stderr
     assert empty.jobs("results/tiny/sft/actor")["sft"] == 1  # which has no use for it
 
 
@@ -144,13 +222,16 @@ def test_entry_points_explain_themselves(empty, script):
     assert "usage" in run.stdout
 
 
-def test_every_rule_has_log_and_benchmark_but_all(empty):
+def test_every_rule_has_a_log_and_all_but_links_a_benchmark(empty):
     run = empty.snakemake("--lint", check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    text = "".join(p.read_text() for p in (empty.project / "rules").glob("*.smk"))
-    rules = re.split(r"^ *rule\b.*:$", text, flags=re.M)[1:]
-    assert len(rules) > 6
-    assert all(re.search(rf"^ +{what}:$", rule, re.M) for rule in rules for what in ("log", "benchmark"))
+    texts = [path.read_text() for path in (empty.project / "rules").glob("*.smk")]
+    rules = [rule for text in texts for rule in re.split(r"^ *rule\b", text, flags=re.M)[1:]]
+    assert len(rules) == 6
+    for rule in rules:
+        assert re.search(r"^ +log:$", rule, re.M), rule
+        is_link = rule.lstrip().startswith("link")
+        assert bool(re.search(r"^ +benchmark:$", rule, re.M)) != is_link, rule
 
 
 MACHINES = {
@@ -161,11 +242,13 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("scenario", ["single-gpu", "single-node", "multi-node"])
-def test_the_seeds_scenarios_are_planned_from_an_empty_volume_without_a_network(empty, scenario, monkeypatch):
+def test_deepspeed_chats_scenarios_are_planned_from_an_empty_volume_without_a_network(
+    empty, scenario, monkeypatch
+):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     text = empty.snakemake("-n", f"results/{scenario}/rlhf/actor").stdout
     assert "Pretrained model: facebook/opt-350m at main, from the Hub for" in text
-    assert re.search(rf"Step 3: PPO of facebook/opt-.* for .*{scenario}, on {MACHINES[scenario]}\n", text)
+    assert re.search(rf"PPO of facebook/opt-.* for .*{scenario}, on {MACHINES[scenario]}\n", text)
 
 
 def test_a_users_scenario_is_another_model_in_yaml(empty):
@@ -181,5 +264,5 @@ def test_more_gpus_than_this_machine_has_are_refused_before_anything_starts(empt
     wanted = "scenarios: {smoke: {sft: {run: {gpus: 999, processes: 999, micro_batch_size: 1}, train_batch_size: 999}}}"
     run = empty.snakemake("results/smoke/sft/actor", config=wanted, check=False)
     assert (run.returncode, "Traceback" in run.stderr) == (2, False)
-    assert "asks for gpus = 999, this machine has" in run.stderr
+    assert "needs gpus = 999, this machine has" in run.stderr
     assert not (empty.volume / "models").exists()

@@ -1,0 +1,153 @@
+"""LoRA: low-rank adapters beside frozen weights, merged into them when a model is published.
+
+An adapted layer keeps the names of its weight and bias, so a published model has the same names as the
+model without adapters. Letters: R rank of an adapter, I and O inputs and outputs of a linear layer.
+
+Source: Hu et al., LoRA, 2021, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.config.training import Lora
+from rlhf.errors import DataError
+from rlhf.models import families
+
+HEAD = "score"  # a scorer's head, which is always trained because it starts from random weights
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with a low-rank addition: W x + b + alpha / dim * B (A x), with A (R, I) and B (O, R)."""
+
+    def __init__(self, base: nn.Linear, dim: int, alpha: float, noise: torch.Generator) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        dtype, device = base.weight.dtype, base.weight.device
+        bound = 1 / math.sqrt(base.in_features)
+        # Drawn in 32 bits on the CPU: the same numbers for every dtype and device.
+        initial = torch.empty(dim, base.in_features).uniform_(-bound, bound, generator=noise)  # (R, I)
+        self.lora_A = nn.Parameter(initial.to(dtype=dtype, device=device))
+        # Zeros, so that training starts from the model without adapters.
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, dim, dtype=dtype, device=device))  # (O, R)
+        self.scale, self.active = alpha / dim, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return shape (..., O) for an input of shape (..., I), both of the weight's dtype."""
+        out = F.linear(x, self.weight, self.bias)  # (..., O)
+        if not self.active:
+            return out
+        low_rank = F.linear(x, self.lora_A)  # (..., R)
+        return out + self.scale * F.linear(low_rank, self.lora_B)
+
+    def merged(self) -> Tensor:
+        """Return (O, I): the weight of an equivalent layer without adapter, computed in 32 bits."""
+        addition = self.scale * self.lora_B.float() @ self.lora_A.float()  # (O, R) @ (R, I)
+        return (self.weight.float() + addition).to(self.weight.dtype)
+
+
+def add(model: Any, config: Lora, seed: int) -> None:
+    """Add adapters to the target layers of `model`, and freeze what is not trained.
+
+    Raises:
+        DataError: a target matches no linear layer, or the family is unknown and there are no targets.
+    """
+    targets = config.targets or families.linear_layers(model.config)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    adapted = {name: layer for name, layer in linear.items() if _matches(name, targets)}
+    if unmatched := [t for t in targets if not any(_matches(name, (t,)) for name in adapted)]:
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise DataError(
+            f"lora.targets: {', '.join(unmatched)} matches no linear layer of this {model.config.model_type}"
+            f" model: choose from {', '.join(names)}"
+        )
+    if config.only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] == HEAD)
+    noise = torch.Generator().manual_seed(seed)
+    for name, layer in adapted.items():
+        parent, _, attribute = name.rpartition(".")
+        adapter = LoraLinear(layer, config.dim, config.alpha, noise)
+        setattr(model.get_submodule(parent), attribute, adapter)
+
+
+def _matches(name: str, targets: tuple[str, ...]) -> bool:
+    """Return whether a module's path is one of the targets, or ends with `.` and a target."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return path -> layer of all layers with an adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter belongs to an adapter."""
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Compute without adapters within the block, as the model did before they were added."""
+    adapted = layers(model).values()
+    for layer in adapted:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.active = True
+
+
+def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
+    """Return the parameters behind the published weight `name`, all of its dtype.
+
+    They are the weight (O, I) and, if its layer is adapted, A (R, I) and B (O, R).
+    """
+    layer, weight = _adapted_layer(model, name), model.get_parameter(name)
+    return [weight] if layer is None else [weight, layer.lora_A, layer.lora_B]
+
+
+def merged_weight(model: nn.Module, name: str) -> Tensor:
+    """Return the weight `name`, (O, I) of a linear layer, with its adapter merged.
+
+    Under ZeRO-3 `parameters_of` it must be gathered.
+    """
+    layer = _adapted_layer(model, name)
+    return model.get_parameter(name) if layer is None else layer.merged()
+
+
+def _adapted_layer(model: nn.Module, name: str) -> LoraLinear | None:
+    """Return the layer with the weight `name` if it has an adapter, else None (also for a bias)."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return layer if isinstance(layer, LoraLinear) and name.endswith("weight") else None
+
+
+def peft_config(model: Any, config: Lora, base: str) -> dict[str, Any]:
+    """Return the content of PEFT's `adapter_config.json`.
+
+    Args:
+        base: path of the model without adapters.
+    """
+    generates = model.can_generate()
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if generates else "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "r": config.dim,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(config.targets or families.linear_layers(model.config)),
+        "modules_to_save": None if generates else [HEAD],
+        "inference_mode": True,
+    }

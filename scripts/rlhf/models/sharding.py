@@ -1,0 +1,74 @@
+"""Models whose parameters ZeRO-3 shards over processes: gathering and saving them.
+
+All processes call these functions together. They work for models that are not sharded too; then
+nothing is gathered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf import parallel
+from rlhf.models import lora
+
+SHARD_BYTES = 2 * 10**9  # size of the files of a sharded model, each of which is gathered at a time
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether ZeRO-3 shards the model's parameters."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextmanager
+def gathered_parameters(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[None]:
+    """Gather parameters to their full shapes within the block.
+
+    Args:
+        changed: rank 0 changes the parameters in the block; all processes keep its values.
+    """
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    # Imported here because it takes seconds, and chat does not need DeepSpeed.
+    from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415
+
+    with GatheredParameters(sharded, modifier_rank=0 if changed else None):
+        yield
+
+
+def write_shards(model: Any, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a sharded model's weights as safetensors, as `save_pretrained` would, file by file.
+
+    Rank 0 writes. A process never holds more gathered weights than `shard_bytes` or the largest tensor,
+    plus the adapters of these weights.
+    """
+    # Tensors without memory: their shapes and dtypes decide which file a weight belongs to.
+    shapes = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+        for name, p in model.named_parameters()
+        if not lora.is_adapter(name)
+    }
+    plan = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for file, names in plan.filename_to_tensors.items():
+        with (
+            gathered_parameters([p for name in names for p in lora.parameters_of(model, name)]),
+            torch.no_grad(),
+        ):
+            if parallel.rank() == 0:
+                tensors = {name: lora.merged_weight(model, name).cpu().contiguous() for name in names}
+                save_file(tensors, path / file, {"format": "pt"})
+    if plan.is_sharded and parallel.rank() == 0:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

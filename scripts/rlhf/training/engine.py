@@ -1,0 +1,265 @@
+"""DeepSpeed engines: one model with its optimizer and schedule, on every process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from rlhf import parallel
+from rlhf.config.batch import BatchPlan
+from rlhf.config.training import Lora, Optimizer, Run
+from rlhf.errors import DivergenceError, UserError
+from rlhf.models.lora import is_adapter
+from rlhf.models.sharding import is_sharded
+from rlhf.training.ds_config import ds_config, frozen_config
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class SingleForward(nn.Module):
+    """A model whose computations all go through one `forward`, where DeepSpeed has its hooks.
+
+    `forward(compute, *arguments)` returns `compute(model, *arguments)`; so does an engine around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what `compute` returns for the bare model."""
+        return compute(self.model, *arguments)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out second names of frozen weights: DeepSpeed only leaves out the first."""
+        state, first = super().state_dict(*args, **kwargs), {n for n, _ in self.named_parameters()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name not in first and not parameter.requires_grad:
+                state.pop(name, None)
+        return state
+
+
+def unwrap(wrapped: Any) -> Any:
+    """Return the Hugging Face model inside a `SingleForward` or an engine."""
+    return wrapped.module.model if isinstance(wrapped, deepspeed.DeepSpeedEngine) else wrapped.model
+
+
+def start(run: Run, dtype: str = "fp32") -> None:
+    """Join the other processes, and set the number of threads, which decides the last bits.
+
+    `launch.py` has set the ranks.
+
+    Raises:
+        UserError: there is no GPU but the configuration requires one, the device cannot train in
+            `dtype`, or the number of processes is not the configured one.
+    """
+    if run.gpus and get_accelerator().device_name() == "cpu":
+        raise UserError(
+            f"run.gpus = {run.gpus}, but torch {torch.__version__} sees no GPU: install torch's CUDA build and a"
+            " driver that fits it, or set gpus: 0"
+        )
+    if not getattr(get_accelerator(), f"is_{dtype}_supported", lambda: True)():
+        raise UserError(
+            f"dtype = {dtype}: DeepSpeed cannot train in it on {get_accelerator().device_name()};"
+            " choose bf16 or fp32"
+        )
+    torch.set_num_threads(run.threads)
+    if get_accelerator().device_name() == "cpu":
+        _without_compiler()
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    if parallel.world_size() != run.processes:
+        raise UserError(
+            f"run.processes = {run.processes}, but {parallel.world_size()} processes were started:"
+            f" start it with scripts/launch.py --processes {run.processes}, on every node of NNODES"
+        )
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives: gloo needs no compiler."""
+    name = get_accelerator().create_op_builder("ShareMemCommBuilder").NAME
+    deepspeed.ops.__compatible_ops__[name] = False
+
+
+def stored_dtype(path: Path) -> str:
+    """Return our name for the dtype that a model was saved in."""
+    stored = AutoConfig.from_pretrained(path).dtype
+    return next(name for name, dtype in DTYPES.items() if dtype == stored)
+
+
+@contextmanager
+def loading(path: Path, dtype: str, *, sharded: bool, offloads: bool = False) -> Iterator[None]:
+    """Load models within the block; if `sharded`, every process keeps only its shard as weights come in."""
+    hidden = AutoConfig.from_pretrained(path).hidden_size
+    # transformers shards what it loads while this object is alive.
+    sharding = HfDeepSpeedConfig(frozen_config(dtype, hidden, offloads=offloads)) if sharded else None
+    try:
+        yield
+    finally:
+        del sharding
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained."""
+
+    optimizer: Optimizer
+    lora: Lora | None  # whose adapters the model has
+    batch: BatchPlan
+    steps: int  # optimizer steps of the whole training, which the schedule spans
+    dtype: str
+    run: Run
+
+
+def initialize(model: Any, recipe: Recipe) -> Any:
+    """Return a DeepSpeed engine around `SingleForward(model)`, with optimizer and schedule."""
+    optimizer, steps, run = recipe.optimizer, recipe.steps, recipe.run
+    if (warmup := warmup_steps(optimizer, steps)) > steps:
+        logger.warning(
+            "a warm-up of %d steps in a training of %d: the peak learning rate is not reached", warmup, steps
+        )
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adamw = torch.optim.AdamW(
+        _parameter_groups(model, optimizer, recipe.lora),
+        lr=optimizer.learning_rate,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(optimizer, step, steps))
+    engine, *_ = deepspeed.initialize(
+        model=SingleForward(model.train()),
+        optimizer=adamw,
+        lr_scheduler=schedule,
+        config=ds_config(recipe.batch, recipe.dtype, optimizer.max_grad_norm, run, model.config.hidden_size),
+    )
+    return engine
+
+
+def frozen(model: Any, dtype: str, *, offloads: bool = False) -> Any:
+    """Return a model that is not trained: whole on each process, or sharded if it was loaded so."""
+    wrapped = SingleForward(model.eval().requires_grad_(False))
+    if not is_sharded(model):
+        return wrapped.to(parallel.device())
+    config = frozen_config(dtype, model.config.hidden_size, offloads=offloads)
+    engine, *_ = deepspeed.initialize(model=wrapped, config=config)
+    engine.eval()
+    return engine
+
+
+def _parameter_groups(model: nn.Module, optimizer: Optimizer, lora: Lora | None) -> list[dict[str, Any]]:
+    """Adapters have their own learning rate; only matrices decay, neither biases nor norms."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = [p for name, p in trained.items() if is_adapter(name)]
+    others = [p for name, p in trained.items() if not is_adapter(name)]
+    decay = optimizer.weight_decay
+    groups = [
+        {"params": [p for p in others if _dimensions(p) >= 2], "weight_decay": decay},
+        {"params": [p for p in others if _dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    if lora:
+        groups = [{"params": adapters, "weight_decay": decay, "lr": lora.learning_rate}, *groups]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Return the dimensions of the whole parameter: under ZeRO-3 its shards are flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def warmup_steps(optimizer: Optimizer, steps: int) -> int:
+    """Return the steps of linear warm-up of a training of `steps`."""
+    if optimizer.warmup_steps is not None:
+        return optimizer.warmup_steps
+    return round((optimizer.warmup_ratio or 0.0) * steps)
+
+
+def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
+    """Return the learning rate of a step over the peak: warm-up from 1/n, then the schedule."""
+    warmup = warmup_steps(optimizer, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if optimizer.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    shape = 1.0 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optimizer.final_ratio + (1 - optimizer.final_ratio) * shape
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """Add the gradient of one micro-batch's loss, a scalar.
+
+    A loss is its micro-batch's part of the mean over the whole batch. Parts add up, so that any number
+    of micro-batches and processes gives one gradient. DeepSpeed averages over processes; we undo that.
+
+    Raises:
+        DivergenceError: the loss is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise _divergence(f"the loss is {loss.item()}", engine)
+    engine.backward(loss * engine.world_size * _loss_scale(engine), scale_wrt_gas=False)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # counts the micro-batch
+
+
+def step(engine: Any) -> float:
+    """Do one optimizer step with the gradient of all micro-batches; return its norm before clipping.
+
+    In fp16 DeepSpeed skips a step whose scaled gradient overflows, and lowers the scale; the norm is
+    0 then. No other batch is skipped.
+
+    Raises:
+        DivergenceError: the gradient is not finite.
+    """
+    assert engine.is_gradient_accumulation_boundary(), "a micro-batch is missing"
+    scale = _loss_scale(engine)
+    norm = 0.0 if engine.get_global_grad_norm() is not None else _gradient_norm(engine.module)
+    engine.step()
+    overflow = getattr(engine.optimizer, "overflow", False)  # plain torch optimizers have none
+    if overflow and engine.fp16_enabled():
+        logger.warning("step %d was skipped: its gradient overflowed in fp16", engine.global_steps)
+        return 0.0
+    norm = float(engine.get_global_grad_norm() or norm) / scale
+    if overflow or not math.isfinite(norm):
+        raise _divergence(f"the gradient's norm is {norm}", engine)
+    return norm
+
+
+def _divergence(what: str, engine: Any) -> DivergenceError:
+    other = ", or train in bf16 or fp32" if engine.fp16_enabled() else ""
+    return DivergenceError(
+        f"{what} at step {engine.global_steps}: the training stops here; lower the learning rate{other}"
+    )
+
+
+def _loss_scale(engine: Any) -> float:
+    """Return the factor that a loss needs, and by which the reported norm is too large.
+
+    In fp16 under ZeRO 0 the optimizer divides by its scale, but DeepSpeed's `backward` multiplies only
+    for ZeRO's own optimizers.
+    """
+    scaling = getattr(engine.optimizer, "loss_scale_config", None)
+    return float(scaling.cur_scale) if scaling else 1.0
+
+
+def _gradient_norm(model: nn.Module) -> float:
+    """Return the norm before clipping; DeepSpeed reports none for an unsharded fp32 engine."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -1,0 +1,145 @@
+"""Rollouts: responses of the actor with all that PPO needs to learn from them.
+
+Letters: B batch, P tokens of a prompt, A of a response, T of a sequence, N response tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf import parallel
+from rlhf.config.training import RlhfRun
+from rlhf.data.rows import Ids
+from rlhf.data.streams import Stream
+from rlhf.data.tokens import Padded, response_labels
+from rlhf.generation.distributed import sample
+from rlhf.generation.engine import Generated, Sampling
+from rlhf.generation.sampling_copy import sampling_copy
+from rlhf.models.lora import adapters_disabled
+from rlhf.models.outputs import evaluating, response_logprobs, response_values, scores
+from rlhf.training.engine import unwrap
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the actor did, and what the other models say about it."""
+
+    batch: Padded  # (B, P + A) left padding, prompt, response, right padding
+    response_mask: Tensor  # (B, A) bool; True on the response and its EOS
+    ended: Tensor  # (B,) bool; True: the response ends with EOS
+    old_logprobs: Tensor  # (B, A) log pi of the actor, by the engine that trains it
+    ref_logprobs: Tensor  # (B, A) log pi of the SFT model
+    values: Tensor  # (B, A) the critic's value of the state before each token
+    scores: Tensor  # (B,) the reward model's raw score
+
+    def resized(self, left: int, right: int, pad_id: int = 0) -> Rollout:
+        """Return the same with more padding: (B, left + P + A + right)."""
+        ids = F.pad(self.batch.ids, (left, right), value=pad_id)
+        per_token = {name: F.pad(getattr(self, name), (0, right)) for name in PER_TOKEN}
+        return replace(self, batch=Padded(ids, F.pad(self.batch.mask, (left, right))), **per_token)
+
+
+PER_TOKEN = ("response_mask", "old_logprobs", "ref_logprobs", "values")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four models of PPO: bare, or `engine.SingleForward`s and engines around them.
+
+    Without a `reference` the actor with its adapters disabled is the reference.
+    """
+
+    actor: Any
+    critic: Any
+    reference: Any | None
+    reward: Any
+
+
+def roll_out(
+    models: Models, prompts: Sequence[Ids], sampling: Sampling, stream: Stream, run: RlhfRun
+) -> Rollout:
+    """Return the rollout over `prompts`, the whole of it in every process; each samples a part.
+
+    A response depends on its sample number in `stream`, not on the process that samples it.
+    """
+    actor = sampling_copy(unwrap(models.actor), parallel.group(run.inference_tp_size))
+    generated = list(sample(actor, prompts, sampling, stream, run))
+    del actor
+    parts = [observe(models, part, sampling.temperature, run.micro_batch_size) for part in generated]
+    return _joined(parts, sampling.pad_id)
+
+
+def observe(models: Models, generated: Generated, temperature: float, micro_batch_size: int) -> Rollout:
+    """Let all four models read responses, a micro-batch at a time, without gradients."""
+    mask = generated.response_mask  # (B, A)
+    old, ref, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))  # (B, A)
+    scored = torch.zeros(len(mask), device=mask.device)  # (B,)
+    everything = torch.arange(len(mask), device=mask.device)
+    with evaluating(models.actor), evaluating(models.critic):
+        for rows in by_length(generated.batch, everything, micro_batch_size):
+            batch, labels = right_padded(generated.batch, mask, rows)  # (b, T)
+            old[rows] = scatter(models.actor(response_logprobs, batch, labels, temperature), mask[rows])
+            with _reference(models) as reference:
+                ref[rows] = scatter(reference(response_logprobs, batch, labels, temperature), mask[rows])
+            values[rows] = scatter(models.critic(response_values, batch, labels), mask[rows])
+            scored[rows] = models.reward(scores, batch)
+    return Rollout(generated.batch, mask, generated.ended, old, ref, values, scored)
+
+
+def by_length(batch: Padded, rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Return `rows` (B,) in micro-batches of at most `size`, each of rows of similar length."""
+    return rows[batch.mask.sum(-1)[rows].argsort(stable=True)].split(size)
+
+
+def right_padded(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Padded, Tensor]:
+    """Return some prompts with their responses, without padding before or between them.
+
+    Args:
+        batch: (B, P + A), as in a rollout.
+        response_mask: (B, A) bool.
+        rows: (b,) int64, which of them.
+
+    Returns:
+        (b, T) padded on the right, and (b, T) bool, True on responses. Row by row these are the tokens
+        where `response_mask` is True, in the same order.
+    """
+    chosen = Padded(batch.ids[rows], batch.mask[rows])  # (b, P + A)
+    compact, prompts = chosen.compact(), chosen.mask.sum(-1) - response_mask[rows].sum(-1)  # (b, T), (b,)
+    return compact, response_labels(prompts, compact)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, A) with `values` (N,) where `mask` (B, A) is True, row by row; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+
+
+@contextmanager
+def _reference(models: Models) -> Iterator[Any]:
+    if models.reference is not None:
+        yield models.reference
+        return
+    with adapters_disabled(unwrap(models.actor)):
+        yield models.actor
+
+
+def _joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Return the responses of all parts and all processes in one rollout, as wide as the widest."""
+    sizes = [(p.batch.ids.shape[1] - p.response_mask.shape[1], p.response_mask.shape[1]) for p in parts]
+    prompts, length = parallel.all_max([max(n) for n in zip(*sizes, strict=True)])
+    wide = [p.resized(prompts - own, length - a, pad_id) for p, (own, a) in zip(parts, sizes, strict=True)]
+
+    def column(name: str) -> Tensor:
+        return parallel.all_gather_rows(torch.cat([getattr(p, name) for p in wide]))
+
+    batch = Padded(
+        parallel.all_gather_rows(torch.cat([p.batch.ids for p in wide])),
+        parallel.all_gather_rows(torch.cat([p.batch.mask for p in wide])),
+    )
+    return Rollout(batch, *(column(f.name) for f in fields(Rollout) if f.name != "batch"))

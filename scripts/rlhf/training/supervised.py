@@ -1,0 +1,141 @@
+"""The training loop of the SFT and reward stages: rows in, one loss down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlhf import parallel
+from rlhf.config.batch import BatchPlan, plan_batch, training_steps
+from rlhf.config.stages import Training
+from rlhf.data import order
+from rlhf.data.rows import Ids, Rows
+from rlhf.data.streams import Purpose, seed_of
+from rlhf.data.tokens import Packed, Padded
+from rlhf.models import lora, packing
+from rlhf.models.outputs import evaluating
+from rlhf.progress import progress
+from rlhf.store.layout import EVAL, TRAIN
+from rlhf.training import engine
+from rlhf.training.metrics import Metrics, MetricsLog, Trained, significant
+from rlhf.training.paths import Paths
+from rlhf.training.state import State
+
+Batch = Sequence[list[Ids]]  # rows, each a list of its parts
+
+logger = logging.getLogger(__name__)
+
+MANY_PASSES = 20  # over the same rows: more is a mistake more often than not
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage learns. Functions of a model get a bare one.
+
+    `loss(model, rows)` is a sum over `terms(rows)` terms; training minimises their mean over a whole
+    batch. `measure(model, rows)` returns sums over held-out rows, by the names in `sums`, and
+    `figures(sums)` turns their totals into the reported metrics. Rows are packed to `pack_width`
+    tokens, or padded if it is None.
+    """
+
+    name: str
+    terms: Callable[[Batch], int]
+    loss: Callable[[Any, Batch], Tensor]
+    sums: tuple[str, ...]
+    measure: Callable[[Any, Batch], Metrics]
+    figures: Callable[[Metrics], Metrics]
+    pack_width: int | None
+
+
+def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> Trained:
+    """Train a bare `model` in place, from the newest state in `paths.work` if there is one.
+
+    Returns:
+        the metrics on held-out rows at the end, and the log of all steps.
+
+    Raises:
+        DivergenceError: a loss or gradient is not finite.
+        UserError: another process trains the same artefact, or the state does not fit the configuration.
+    """
+    run = config.run
+    state = State(paths.work, run.shard_layout)
+    state.lock()
+    rows, held_out = Rows(paths.data / TRAIN), Rows(paths.data / EVAL)
+    batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
+    _warn_of_many_passes(task.name, steps * batch.train_batch_size, len(rows))
+    trained = _start(task, model, config, seed, batch, steps)
+    state.engines["model"] = trained
+    done, _ = state.load() or (0, {})
+    log, lengths = MetricsLog(paths.work, paths.board, done), rows.tokens_per_row
+    for step in (bar := progress(range(done, steps), task.name, unit="step", start=done, total=steps)):
+        chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, steps, seed)]
+        metrics = _step(task, trained, chosen, batch.micro_batch_size)
+        log.log(step + 1, metrics)
+        if (step + 1) % run.log_steps == 0:
+            bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
+        if (step + 1) % run.save_steps == 0 or step + 1 == steps:
+            state.save(step + 1, {})
+    sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
+    with evaluating(trained.module):
+        measured = measure(task, trained, sample, run.micro_batch_size)
+    return Trained({name: significant(value) for name, value in measured.items()}, log)
+
+
+def _warn_of_many_passes(name: str, rows_seen: int, rows: int) -> None:
+    if (passes := rows_seen / rows) > MANY_PASSES:
+        logger.warning(
+            "%s passes %.0f times over %d rows: add rows, or train for fewer steps", name, passes, rows
+        )
+
+
+def _start(task: Task, model: Any, config: Training, seed: int, batch: BatchPlan, steps: int) -> Any:
+    """Return an engine around a bare model that is made ready for training."""
+    if config.lora:
+        lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
+    if task.pack_width is not None:
+        packing.choose_attention(model, config.dtype)
+    recipe = engine.Recipe(config.optimizer, config.lora, batch, steps, config.dtype, config.run)
+    return engine.initialize(model, recipe)
+
+
+def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Metrics:
+    """Do one optimizer step over all processes; return its metrics."""
+    terms, loss_sum = task.terms(rows), 0.0
+    learning_rate = trained.get_lr()[0]
+    for start in parallel.own_share(range(0, len(rows), micro_batch_size)):
+        loss = trained(task.loss, rows[start : start + micro_batch_size]) / terms
+        loss_sum += loss.item()
+        engine.backward(trained, loss)
+    grad_norm = engine.step(trained)
+    return {**parallel.all_sum({"loss": loss_sum}), "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def measure(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Metrics:
+    """Return the metrics of a model on held-out rows. Processes share the micro-batches.
+
+    Under ZeRO-3 every process must compute as often as the others: one that has no batch left
+    repeats the last and does not count it.
+    """
+    batches, sums = list(in_batches(rows, micro_batch_size)), dict.fromkeys(task.sums, 0.0)
+    for first in range(0, len(batches), parallel.world_size()):
+        number = first + parallel.rank()
+        counts = number < len(batches)
+        found = trained(task.measure, batches[min(number, len(batches) - 1)])
+        for name, value in found.items():
+            sums[name] += counts * value
+    return {**task.figures(parallel.all_sum(sums)), "eval_rows": len(rows)}
+
+
+def in_batches(rows: Batch, size: int) -> Iterator[Batch]:
+    """Yield rows in batches of similar length, to be measured."""
+    ordered = sorted(rows, key=lambda row: sum(map(len, row)))
+    yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+def on_device(batch: Padded | Packed) -> Padded | Packed:
+    """Return a batch on this process's device."""
+    return batch.to(parallel.device())

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.config import catalog
+from rlhf.config.sources import Columns
+from rlhf.data.adapters import Preference, Prompt, Response, Unusable, adapt, has_turns, normalised
+from rlhf.data.splits import stage_of
+
+SAMPLES = Path(__file__).parents[2] / "data"
+DIALOGUE = Columns(prompt="p", chosen="c", rejected="r", dialogue=True)
+PLAIN = DIALOGUE.model_copy(update={"dialogue": False})
+SHARES = {"sft": 2.0, "reward": 4.0, "rlhf": 4.0}
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1).filter(
+    lambda t: t.strip() and "Human:" not in t and "Assistant:" not in t
+)
+conversations = st.lists(words, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2 == 1)
+
+
+def written(turns):
+    """Return a conversation as Dahoas' sets hold it."""
+    names = ("Human", "Assistant")
+    return "".join(f"\n\n{names[i % 2]}: {t}" for i, t in enumerate(turns)) + "\n\nAssistant:"
+
+
+@given(conversations, words, words)
+def test_a_dialogue_gives_its_turns_back(turns, chosen, rejected):
+    if chosen.strip() == rejected.strip():
+        return
+    row = adapt({"p": written(turns), "c": chosen, "r": rejected}, DIALOGUE, "reward")
+    assert row.turns == tuple(t.strip() for t in turns)
+    assert row.texts() == (chosen.strip(), rejected.strip())
+
+
+@given(conversations)
+def test_a_dialogue_that_is_read_as_plain_text_is_noticed_and_one_that_was_split_is_not(turns):
+    row = {"p": written(turns), "c": "x", "r": "y"}
+    assert has_turns(adapt(row, PLAIN, "rlhf").turns[0])
+    assert not any(map(has_turns, adapt(row, DIALOGUE, "rlhf").turns))
+
+
+@given(conversations, st.sampled_from(["sft", "reward", "rlhf"]))
+def test_messages_and_text_are_the_same_conversation(turns, stage):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+    responses = {"c": "good", "r": "bad"}
+    rows = [adapt({"p": p, **responses}, DIALOGUE, stage) for p in (written(turns), messages)]
+    assert rows[0].group == rows[1].group
+    assert type(rows[0]) is type(rows[1])
+
+
+@given(words, st.sampled_from([str.upper, str.lower, lambda t: f"  {t} ", lambda t: t.replace(" ", "\n ")]))
+def test_spelling_moves_a_prompt_to_no_other_stage(prompt, spelt):
+    if not spelt(prompt).strip() or normalised(spelt(prompt)) != normalised(prompt):
+        return
+    a, b = (adapt({"p": p, "c": "x", "r": "y"}, PLAIN, "reward").group for p in (prompt, spelt(prompt)))
+    assert stage_of(a, SHARES, 0.1) == stage_of(b, SHARES, 0.1)
+
+
+@given(st.lists(st.tuples(conversations, conversations), max_size=30))
+def test_a_prompt_is_in_one_stage_over_all_datasets_and_however_a_conversation_continues(pairs):
+    places = {}
+    for first, more in pairs:
+        for turns in (first, [first[0]], [first[0], "well", *more]):
+            for columns, prompt in ((DIALOGUE, written(turns)), (PLAIN, turns[0])):
+                group = adapt({"p": prompt, "c": "x", "r": "y"}, columns, "rlhf").group
+                places.setdefault(normalised(turns[0]), set()).add(stage_of(group, SHARES, 0.1))
+    assert all(len(found) == 1 for found in places.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        ("no turns at all", "does not begin with a Human: turn"),
+        ("\n\nHuman: hi", "does not end where the Assistant: begins"),
+        ("\n\nHuman: hi\n\nAssistant: hello", "does not end where the Assistant: begins"),
+        ("\n\nHuman: hi\n\nHuman: ho\n\nAssistant:", "do not take turns"),
+        ("\n\nAssistant: hi\n\nHuman: ho\n\nAssistant:", "do not take turns"),
+        ("\n\nHuman:  \n\nAssistant:", "an empty turn"),
+        ([{"role": "system", "content": "be nice"}, {"role": "user", "content": "x"}], "system message"),
+        ([{"from": "human", "value": "x"}], "a message without role and content"),
+        (["hi"], "a message without role and content"),
+        ([{"role": "user", "content": None}], "a message without text"),
+        (None, "no prompt"),
+        (5, "a prompt that is not text"),
+        ({"role": "user", "content": "hi"}, "a prompt that is not text"),
+    ],
+)
+def test_a_prompt_that_is_no_conversation_is_unusable_with_the_reason(prompt, why):
+    with pytest.raises(Unusable, match=why):
+        adapt({"p": prompt, "c": "good", "r": "bad"}, DIALOGUE, "reward")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ("", "an empty response"),
+        (None, "an empty response"),
+        ([], "an empty response"),
+        (5, "a response that is not text"),
+        (["good"], "a message without role and content"),
+        ([{"role": "assistant", "content": None}], "a message without text"),
+        (" bad", "the same"),
+    ],
+)
+def test_a_pair_that_teaches_nothing_is_unusable_with_the_reason(chosen, why):
+    with pytest.raises(Unusable, match=why):
+        adapt({"p": "hi", "c": chosen, "r": "bad"}, PLAIN, "reward")
+
+
+def test_a_stage_takes_what_it_learns_from():
+    row = {"p": "hi", "c": "good", "r": "bad"}
+    assert adapt(row, PLAIN, "rlhf") == Prompt(("hi",), "hi")
+    assert adapt(row, PLAIN, "sft") == Response(("hi",), "hi", "good")
+    assert adapt(row, PLAIN, "reward") == Preference(("hi",), "hi", "good", "bad")
+    assert adapt({**row, "a": "other"}, PLAIN.model_copy(update={"response": "a"}), "sft").response == "other"
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.COLUMNS if n.startswith("Dahoas/")])
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_deepspeed_chats_datasets_are_read_in_their_own_format(name, stage):
+    for raw in json.loads((SAMPLES / f"{name.split('/')[1]}.json").read_text()):
+        row = adapt(raw, Columns(**catalog.COLUMNS[name]), stage)
+        assert all(t and t == t.strip() for t in (*row.turns, *row.texts()))
+        assert not any("Human:" in t or "Assistant:" in t for t in row.turns)
+
+
+@pytest.mark.parametrize("sample", json.loads((SAMPLES / "awkward.json").read_text()))
+def test_awkward_rows_are_read_or_left_out_with_the_reason(sample):
+    columns = Columns(**catalog.COLUMNS[sample["dataset"]])
+    if sample["why"] is None:
+        assert all(adapt(sample["row"], columns, "reward").texts())
+    else:
+        with pytest.raises(Unusable, match=sample["why"]):
+            adapt(sample["row"], columns, "reward")
