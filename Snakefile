@@ -23,6 +23,9 @@ print_plan_last()
 workdir: CONFIG.pvc
 
 
+name_results()
+
+
 wildcard_constraints:
     scenario="|".join(CONFIG.scenarios),
     stage="|".join(STAGES),
@@ -55,6 +58,7 @@ onstart:
 
 onsuccess:
     sweep_states()
+    name_results()
 
 
 onerror:

@@ -21,12 +21,9 @@ from rlhf.errors import USER_ERROR, UserError
 from rlhf.machine import visible_gpus
 from rlhf.store import codehash, layout, naming, plan as planning, provenance
 
-
-def requested_targets():
-    """The targets on the command line, by Snakemake's own parser: it reports its targets only after it has
-    read this file. A job that Snakemake starts has none.
-    """
-    return get_argument_parser().parse_args(sys.argv[1:]).targets or []
+# What is on the command line, by Snakemake's own parser: it reports its targets only after it has read this
+# file. A job that Snakemake starts has no targets.
+ARGUMENTS = get_argument_parser().parse_args(sys.argv[1:])
 
 
 def scenarios_of(targets):
@@ -78,7 +75,7 @@ def load_plan():
         def fingerprint(source):
             return naming.fingerprint(Path(settings.pvc, source))
 
-        targets = requested_targets()
+        targets = ARGUMENTS.targets or []
         scenarios = scenarios_of(targets)
         plan = planning.plan(settings, codehash.digest, fingerprint, scenarios)
         planning.refuse_unknown(plan, (t for t in targets if t != "all"))
@@ -169,13 +166,36 @@ def link_source(path):
     return lambda wildcards: PLAN.artefact_of(path.format(**wildcards)).path
 
 
-def companions(wildcards):
-    """Other names that are made with a result, because they cost nothing.
+def name_results():
+    """Correct the names under `results/`, at the start and at the end of a run.
 
-    Whoever makes an actor looks for the models that it was built from, and for the curves.
+    Names that lead elsewhere than the plan says are corrected once their artefact exists: Snakemake would keep
+    some of them. What a requested result was built from gets its name too, because people look for it.
     """
-    names = layout.COMPANIONS.get(wildcards.result, ())
-    return [f"results/{wildcards.scenario}/{name}" for name in names]
+    if not workflow.is_main_process or ARGUMENTS.dryrun:
+        return
+    requested = (
+        os.path.normpath(target).split("/", 2) for target in ARGUMENTS.targets or []
+    )
+    companions = {
+        f"results/{parts[1]}/{name}"
+        for parts in requested
+        if len(parts) == 3
+        for name in layout.COMPANIONS.get(parts[2], ())
+    }
+    for result, path in PLAN.results.items():
+        link, target = Path(result), relative(result, path)
+        is_wrong = link.is_symlink() and os.readlink(link) != target
+        is_lacking = result in companions and not link.is_symlink()
+        if (is_wrong or is_lacking) and Path(path).exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+
+
+def relative(result, path):
+    """A result's path, relative to the directory of its name."""
+    return os.path.relpath(path, Path(result).parent)
 
 
 def link_target(path):
@@ -183,15 +203,14 @@ def link_target(path):
 
     def target(wildcards):
         result = path.format(**wildcards)
-        return os.path.relpath(PLAN.results[result], Path(result).parent)
+        return relative(result, PLAN.results[result])
 
     return target
 
 
 def print_plan_last():
     """End a dry run with the jobs in their order: Snakemake's own reasons would hide them."""
-    arguments = get_argument_parser().parse_args(sys.argv[1:])
-    if workflow.is_main_process and arguments.dryrun and not arguments.quiet:
+    if workflow.is_main_process and ARGUMENTS.dryrun and not ARGUMENTS.quiet:
         atexit.register(print_plan)
 
 
@@ -203,7 +222,7 @@ def print_plan():
 
     A mistake may have ended Snakemake before it had a plan, and what `--dag` prints is for other programs.
     """
-    if workflow._dag is None or not workflow.dryrun:
+    if workflow.scheduler is None or not workflow.dryrun:
         return
     levels = (sorted(level, key=description) for level in workflow.dag.toposorted())
     jobs = [job for level in levels for job in level if workflow.dag.needrun(job)]

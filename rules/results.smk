@@ -1,7 +1,6 @@
 rule link:
     input:
         ancient(link_source("results/{scenario}/{result}")),
-        ancient(companions),
     output:
         directory("results/{scenario}/{result}"),
     log:

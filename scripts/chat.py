@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from rlhf import parallel
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.templates import load_tokenizer, prompt_texts
-from rlhf.data.tokens import pad
 from rlhf.errors import UserError, run_main
-from rlhf.generation.engine import Sampling, generate, uniforms
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models.loading import load_actor
 from rlhf.terminal import printable
 
@@ -39,19 +39,20 @@ def main() -> None:
         raise UserError("--prompt is empty: give it some text, or omit it to hold a conversation")
     refuse_no_model(args.model)
     tokenizer = load_tokenizer(args.model)
-    device = parallel.device()
     # CPUs are slow in 16 bits; GPUs use the dtype of the saved weights.
-    model = load_actor(args.model, torch.float32 if device.type == "cpu" else "auto").eval().to(device)
+    dtype = torch.float32 if parallel.device().type == "cpu" else "auto"
     sampling = Sampling(args.max_new_tokens, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    sampler = Sampler(load_actor(args.model, dtype).eval(), sampling)
     seed = secrets.randbits(31) if args.seed is None else args.seed
-    longest_prompt(model, tokenizer, sampling)
+    longest_prompt(sampler.model, tokenizer, sampling)
+    sampler.refresh()
     if args.prompt is not None:
-        print(printable(respond(model, tokenizer, [args.prompt], sampling, seed)))
+        print(printable(respond(sampler, tokenizer, [args.prompt], seed)))
         return
-    converse(model, tokenizer, sampling, seed)
+    converse(sampler, tokenizer, seed)
 
 
-def converse(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, seed: int) -> None:
+def converse(sampler: Sampler, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Respond to each line of input, with the conversation so far, until the input ends."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     turns: list[str] = []
@@ -59,7 +60,7 @@ def converse(model: Any, tokenizer: PreTrainedTokenizerFast, sampling: Sampling,
         if not line.strip():
             continue
         try:
-            response = respond(model, tokenizer, [*turns, line], sampling, seed + len(turns))
+            response = respond(sampler, tokenizer, [*turns, line], seed + len(turns))
         except UserError as error:  # the conversation continues without the line
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -118,21 +119,19 @@ def _read() -> str | None:
         return None
 
 
-def respond(
-    model: Any, tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], sampling: Sampling, seed: int
-) -> str:
+def respond(sampler: Sampler, tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], seed: int) -> str:
     """Return the response to a conversation; if it is too long, its oldest turns are left out.
 
     Raises:
         UserError: the last turn alone is too long, or as `longest_prompt`.
     """
-    longest = longest_prompt(model, tokenizer, sampling)
+    sampling = sampler.sampling
+    longest = longest_prompt(sampler.model, tokenizer, sampling)
     for start in range(0, len(turns), 2):
         ids = _ids(tokenizer, turns[start:])
         if len(ids) <= longest:
             noise = uniforms(Stream(seed, Purpose.CHAT), [0], sampling.max_new_tokens)
-            prompt = pad([ids], sampling.pad_id, side="left").to(model.device)  # (1, P)
-            generated = generate(model, prompt, sampling, noise)
+            (generated,) = sampler.generate([ids], noise, rows=1)
             return str(tokenizer.decode(generated.responses[0], skip_special_tokens=True)).strip()
     raise UserError(
         f"the last turn has {len(ids)} tokens; with {sampling.max_new_tokens} for the response at most"

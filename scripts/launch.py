@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from rlhf.errors import UserError, run_main
+from rlhf.errors import UserError, killed_by, run_main
 from rlhf.machine import visible_gpus
 
 # OpenMP's threads sleep while they wait for each other. By default they spin, which makes a training
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     program = [args.script, *args.arguments]
     if "LOCAL_RANK" in os.environ:
-        os.execv(sys.executable, [sys.executable, *program])
+        os.execve(sys.executable, [sys.executable, *program], {**PASSIVE_WAITING, **os.environ})
     nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     if args.processes % nodes:
         raise UserError(
@@ -156,7 +156,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
         _copy(process.stdout, file)
         code = process.wait()
         if code < 0:
-            sentence = f"error: {ended_by(-code)}\n"
+            sentence = f"error: {killed_by('the process', -code)}\n"
             sys.stderr.write(sentence)
             file.write(sentence.encode())
         _keep(file, log)
@@ -171,12 +171,6 @@ def _keep(file: BinaryIO, log: Path) -> None:
     file.seek(0)
     with log.open("ab") as again:
         shutil.copyfileobj(file, again)
-
-
-def ended_by(number: int) -> str:
-    """Say which signal ended the script, why that may be, and how to resume."""
-    why = ", as the kernel does when memory runs out (mem_mb)" if number == signal.SIGKILL else ""
-    return f"the process was ended by {signal.Signals(number).name}{why}; the same command resumes from the last saved state"
 
 
 def _copy(source: BinaryIO, log: BinaryIO) -> None:

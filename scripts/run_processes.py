@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from rlhf.errors import USER_ERROR
+from rlhf.errors import USER_ERROR, killed_by
 
 
 def main() -> None:
@@ -26,6 +26,10 @@ def main() -> None:
                 print(f"error: process {min(mistaken)} says in its own log what is wrong", file=sys.stderr)
             sys.exit(USER_ERROR)
         print(error.format_msg(), file=sys.stderr)
+        rank, first = error.get_first_failure()
+        code = first.exitcode
+        sentence = killed_by(f"rank {rank}", -code) if code < 0 else f"rank {rank} failed: see its log"
+        print(f"error: {sentence}", file=sys.stderr)  # last: what a reader looks at first
         sys.exit(1)
     except SignalException as stopped:  # torchrun has passed the signal on; `launch.py` reports it
         signal.signal(stopped.sigval, signal.SIG_DFL)

@@ -12,7 +12,7 @@ from rlhf.data.templates import differences, load_tokenizer
 from rlhf.entry.job import Job, read_job
 from rlhf.entry.trained import Product, publish_trained
 from rlhf.errors import DataError, run_main
-from rlhf.generation.engine import Sampling
+from rlhf.generation.sampling import Sampling
 from rlhf.models import families, loading
 from rlhf.store.layout import ACTOR, ACTOR_ADAPTER, ACTOR_EMA, CRITIC, CRITIC_ADAPTER, MODEL
 from rlhf.training import engine, ppo

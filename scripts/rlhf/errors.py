@@ -42,6 +42,13 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def killed_by(process: str, number: int) -> str:
+    """Say which signal ended a process, why that may be, and how to resume."""
+    why = ", as the kernel does when memory runs out (mem_mb)" if number == signal.SIGKILL else ""
+    name = signal.Signals(number).name
+    return f"{process} was ended by {name}{why}; the same command resumes from the last saved state"
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
     level = logging.INFO if is_rank_zero() else logging.WARNING

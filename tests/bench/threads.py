@@ -43,7 +43,7 @@ def child(root: Path, iterations: int, threads: int) -> None:
     """Train as the PPO stage of `tiny` does, and print the seconds of each iteration but the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from rlhf.generation.engine import Sampling
+    from rlhf.generation.sampling import Sampling
     from rlhf.training import engine, ppo
     from rlhf.training.paths import Paths
 

@@ -17,8 +17,7 @@ from conftest import heed_ctrl_c, wait_for
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ACTOR = "results/smoke/rlhf/actor"
-NAMES = {"link": 4, "link_curves": 3}  # of an actor and what it is built from
-RELINKED = {"link": 2, "link_curves": 1}  # actor, critic and curves, where only the PPO stage differs
+NAMES = {"link": 1}  # of an actor; what it was built from is named without a job
 FASTER = "scenarios: {smoke: {reward: {optimizer: {learning_rate: 6.0e-4}}}}"
 
 
@@ -102,7 +101,8 @@ def test_a_conversation_remembers_its_turns_and_ends_with_the_input(smoke):
     import chat
 
     from rlhf.data.templates import load_tokenizer
-    from rlhf.generation.engine import Sampling
+    from rlhf.generation.sampler import Sampler
+    from rlhf.generation.sampling import Sampling
     from rlhf.models.loading import load_actor
     from rlhf.terminal import printable
 
@@ -117,12 +117,14 @@ def test_a_conversation_remembers_its_turns_and_ends_with_the_input(smoke):
         "1",
     ]
     run = subprocess.run(command, input="\n\n".join(lines), capture_output=True, text=True, check=True)
-    tokenizer, model = load_tokenizer(path), load_actor(path, torch.float32).eval()
+    tokenizer = load_tokenizer(path)
     sampling = Sampling(64, 1.0, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    first = chat.respond(model, tokenizer, lines[:1], sampling, 1)
-    second = chat.respond(model, tokenizer, [lines[0], first, lines[1]], sampling, 3)
+    sampler = Sampler(load_actor(path, torch.float32).eval(), sampling)
+    sampler.refresh()
+    first = chat.respond(sampler, tokenizer, lines[:1], 1)
+    second = chat.respond(sampler, tokenizer, [lines[0], first, lines[1]], 3)
     assert run.stdout == printable(f"{first}\n{second}\n")
-    assert second != chat.respond(model, tokenizer, lines[1:], sampling, 3)
+    assert second != chat.respond(sampler, tokenizer, lines[1:], 3)
 
 
 @pytest.mark.parametrize("name", ["sft/actor", "reward/model", "rlhf/actor", "rlhf/critic"])
@@ -201,15 +203,29 @@ def test_built_in_pairs_that_are_left_out_are_counted(smoke):
 def test_a_changed_reward_learning_rate_rebuilds_reward_and_rlhf_and_keeps_the_old(smoke):
     before = {name: smoke.artefact(f"smoke/{name}") for name in ("sft/actor", "reward/model", "rlhf/actor")}
     targets = ("results/smoke/reward/model", ACTOR)
-    assert smoke.jobs(*targets, config=FASTER) == {"reward": 1, "rlhf": 1, "link": 3, "link_curves": 2}
+    assert smoke.jobs(*targets, config=FASTER) == {"reward": 1, "rlhf": 1, "link": 2}
     smoke.snakemake(*targets, config=FASTER)
     after = {name: smoke.artefact(f"smoke/{name}") for name in before}
     assert after["sft/actor"] == before["sft/actor"]
     assert after["rlhf/actor"] != before["rlhf/actor"]
     assert all(path.exists() for path in before.values())
-    assert smoke.jobs(*targets) == {"link": 3, "link_curves": 2}
+    assert smoke.jobs(*targets) == {"link": 2}
     smoke.snakemake(*targets)
     assert {name: smoke.artefact(f"smoke/{name}") for name in before} == before
+
+
+def test_an_actor_comes_with_the_names_of_what_it_was_built_from(smoke):
+    """Also where nothing has to be built; a name that leads elsewhere is corrected."""
+    names = [f"smoke/{name}" for name in ("sft/actor", "reward/model", "rlhf/critic", "sft/curves.png")]
+    before = [smoke.artefact(name) for name in names]
+    results = smoke.volume / "results"
+    shutil.rmtree(results / "smoke/sft")
+    (results / "smoke/reward/model").unlink()
+    (results / "smoke/reward/model").symlink_to("../../../store")
+    smoke.snakemake("-n", ACTOR)
+    assert not (results / "smoke/sft").exists()
+    smoke.snakemake(ACTOR)
+    assert [smoke.artefact(name) for name in names] == before
 
 
 def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
@@ -219,14 +235,14 @@ def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
 
 def test_swapped_learning_rates_of_actor_and_critic_rebuild_rlhf(smoke):
     swapped = "{actor: {learning_rate: 3.0e-4}, critic: {learning_rate: 1.4e-4}}"
-    assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, **RELINKED}
+    assert smoke.jobs(ACTOR, config=f"scenarios: {{smoke: {{rlhf: {swapped}}}}}") == {"rlhf": 1, **NAMES}
 
 
 def test_a_removed_rlhf_artefact_is_rebuilt_alone(smoke, tmp_path):
     artefact = smoke.artefact("smoke/rlhf/actor")
     shutil.move(artefact, tmp_path / "kept")
     try:
-        assert smoke.jobs(ACTOR) == {"rlhf": 1, **RELINKED}
+        assert smoke.jobs(ACTOR) == {"rlhf": 1, **NAMES}
     finally:
         shutil.move(tmp_path / "kept", artefact)
 
@@ -239,11 +255,11 @@ def test_an_edit_of_code_rebuilds_the_stages_that_use_it_and_a_comment_none(smok
     reward.write_text(text.replace('"""The reward stage:', '"""The second stage:') + "\n# a remark\n")
     assert copy.jobs(ACTOR) == {}
     reward.write_text(text.replace("chosen - rejected).sum()", "1.0 * (chosen - rejected)).sum()"))
-    assert copy.jobs(ACTOR) == {"reward": 1, "rlhf": 1, "link": 3, "link_curves": 2}
+    assert copy.jobs(ACTOR) == {"reward": 1, "rlhf": 1, "link": 1}
     adopt = [sys.executable, str(project / "scripts/store.py"), "--pvc", str(smoke.volume), "adopt", ACTOR]
     run = subprocess.run(adopt, capture_output=True, text=True, check=True)
     assert "adopted from" in run.stdout
-    assert copy.jobs(ACTOR) == {"link": 3, "link_curves": 2}
+    assert copy.jobs(ACTOR) == {"link": 1}
 
 
 def test_the_store_lists_artefacts_and_says_why_one_is_rebuilt(smoke):

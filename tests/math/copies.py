@@ -14,8 +14,9 @@ import trainings
 from rlhf import parallel
 from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream
-from rlhf.generation import distributed, sampling_copy
-from rlhf.generation.engine import Sampling
+from rlhf.generation import distributed
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Sampling
 from rlhf.models import loading
 from rlhf.training import engine
 
@@ -32,17 +33,18 @@ def main() -> None:
         with engine.loading(Path(path), "fp32", sharded=True):
             model = loading.load_actor(Path(path), torch.float32)
         for size in (1, 2):
-            copy = sampling_copy.sampling_copy(model, parallel.group(size))
+            sampling = Sampling(12, 1.0, trainings.EOS, trainings.PAD)
+            sampler = Sampler(model, sampling, parallel.group(size))
+            sampler.refresh()
             divided = run.model_copy(update={"inference_tp_size": size})
             stream = Stream(1, Purpose.ROLLOUT, 5)
-            sampling = Sampling(12, 1.0, trainings.EOS, trainings.PAD)
-            generated = list(distributed.sample(copy, prompts, sampling, stream, divided))
+            generated = list(distributed.sample(sampler, prompts, stream, divided))
             responses = [
                 row[mask].tolist()
                 for g in generated
                 for row, mask in zip(g.responses, g.response_mask, strict=True)
             ]
-            sizes = {name: p.numel() for name, p in copy.named_parameters()}
+            sizes = {"+".join(s.names): (s.target.numel(), s.split) for s in sampler.weights()}
             torch.save((responses, sizes), Path(out) / f"{family}-{size}-{parallel.rank()}.pt")
     parallel.barrier()
 

@@ -15,8 +15,8 @@ from rlhf.config import stages
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.templates import load_tokenizer
 from rlhf.evaluation import comparison
-from rlhf.generation import distributed
-from rlhf.generation.engine import Sampling, uniforms
+from rlhf.generation.sampler import generate
+from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading
 from rlhf.sources import builtin_opt
 from rlhf.training.engine import SingleForward
@@ -120,7 +120,7 @@ def responses_to(prompts, models):
     """Return responses of the actor at the temperature of the configuration."""
     sampling = Sampling(6, 0.5, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id)
     noise = uniforms(Stream(1, Purpose.EVALUATION), range(len(prompts)), 6)
-    return distributed.respond(models.actor.model, prompts, sampling, noise)
+    return generate(models.actor.model, prompts, sampling, noise)
 
 
 def described(generated, models, micro_batch_size):

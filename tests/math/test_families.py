@@ -25,7 +25,8 @@ from rlhf.config.training import Lora
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.tokens import Packed, arrange, pack, pad, response_labels
 from rlhf.errors import DataError, UserError
-from rlhf.generation.engine import Sampling, generate, uniforms
+from rlhf.generation.sampler import generate
+from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading, lora, outputs, saving
 from rlhf.training import reward, sft
 
@@ -112,9 +113,10 @@ def test_restarted_positions_alone_do_not_separate_packed_sequences(model, seque
 
 
 def test_greedy_responses_equal_those_of_transformers(model, sequences):
-    batch = pad(sequences(3, 9, 5, 14), PAD, side="left")
+    prompts = sequences(3, 9, 5, 14)
+    batch = pad(prompts, PAD, side="left")
     noise = uniforms(Stream(0, Purpose.PASS), range(4), 10)
-    generated = generate(model, batch, Sampling(10, 0, EOS, PAD), noise)
+    generated = generate(model, prompts, Sampling(10, 0, EOS, PAD), noise)
     theirs = model.generate(
         input_ids=batch.ids,
         attention_mask=batch.mask.long(),

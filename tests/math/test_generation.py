@@ -5,7 +5,8 @@ import torch
 
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.tokens import pad
-from rlhf.generation.engine import Sampling, draw, generate, uniforms
+from rlhf.generation.sampler import generate
+from rlhf.generation.sampling import Sampling, draw, uniforms
 from rlhf.models.outputs import response_logits, token_logprobs
 
 PAD, EOS, NEVER = 1, 2, -1
@@ -15,7 +16,7 @@ LENGTH = 12
 def respond(actor, prompts, temperature=1.0, eos=EOS, pad_id=PAD, seed=0, length=LENGTH, first=0):
     sampling = Sampling(length, temperature, eos, pad_id)
     noise = uniforms(Stream(seed, Purpose.PASS, first), range(len(prompts)), length)
-    return generate(actor, pad(prompts, pad_id, side="left"), sampling, noise)
+    return generate(actor, prompts, sampling, noise)
 
 
 def tokens_of(generated):

@@ -13,8 +13,8 @@ from rlhf.config import training
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.tokens import pad
 from rlhf.errors import DataError
-from rlhf.generation import distributed
-from rlhf.generation.engine import Sampling, uniforms
+from rlhf.generation.sampler import generate
+from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading, lora, outputs, saving
 from rlhf.training import engine, rollout
 from rlhf.training.engine import SingleForward
@@ -73,7 +73,7 @@ def test_with_adapters_disabled_the_model_is_the_one_without_adapters(actor, seq
 def test_the_actor_with_adapters_disabled_equals_a_separate_reference(actor, scorer, sequences):
     model, sampling = adapted(actor), Sampling(6, 0.7, eos_id=2, pad_id=PAD)
     noise = uniforms(Stream(1, Purpose.ROLLOUT), range(3), 6)
-    generated = distributed.respond(model, sequences(3, 9, 5), sampling, noise)
+    generated = generate(model, sequences(3, 9, 5), sampling, noise)
     copied, same = (
         rollout.observe(
             rollout.Models(SingleForward(model), SingleForward(scorer), reference, SingleForward(scorer)),

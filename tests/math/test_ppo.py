@@ -19,8 +19,8 @@ from rlhf.data import order
 from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream
 from rlhf.data.tokens import Padded
-from rlhf.generation import distributed
-from rlhf.generation.engine import Sampling, uniforms
+from rlhf.generation.sampler import Sampler, generate
+from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading
 from rlhf.training import ppo, ppo_math, sft
 from rlhf.training.engine import SingleForward
@@ -40,9 +40,9 @@ def targets_of(scores, control=None, seed=0, values=None, **changes):
         torch.zeros(6, 7, dtype=torch.long), torch.cat([torch.ones(6, 3, dtype=torch.bool), MASK], 1)
     )
     values = zeros if values is None else values
-    rollout = Rollout(batch, MASK, ENDED, zeros, zeros, values, torch.as_tensor(scores))
+    rollout = Rollout(batch, MASK, ENDED, zeros, zeros, zeros, values, torch.as_tensor(scores))
     config = trainings.settings("rlhf", changes)
-    control = control or ppo.Controller(score_mean=0.0, score_sd=1.0, kl_coef=0.1)
+    control = control or ppo.LoopState(score_mean=0.0, score_sd=1.0, kl_coef=0.1)
     return ppo._targets(rollout, config, control, np.random.default_rng(seed))
 
 
@@ -91,7 +91,7 @@ def test_only_responses_without_eos_are_penalised():
 
 @pytest.mark.parametrize("clip", [5.0, 2.0])
 def test_scores_are_clipped_after_normalisation_and_penalty(clip):
-    control = ppo.Controller(score_mean=10.0, score_sd=2.0, kl_coef=0.1)
+    control = ppo.LoopState(score_mean=10.0, score_sd=2.0, kl_coef=0.1)
     found, _ = rewards_of(
         [110.0, 110.0, -90.0, -90.0, 12.0, 12.0], control, missing_eos_penalty=1.0, reward_clip=clip
     )
@@ -127,11 +127,12 @@ def test_scores_have_mean_0_and_sd_1_over_responses_of_the_sft_model(actor, scor
     models = Models(SingleForward(actor), critic, SingleForward(actor), reward)
     sampling = Sampling(6, 1.0, trainings.EOS, trainings.PAD)
     config = trainings.settings("rlhf", {"rollout_batch_size": size, "mini_batches": 1, "kl_coef": 0.7})
-    learner = ppo.Learner(models, config, trainings.SEED, ema=None, ptx=None)
-    control = ppo._calibrate(learner, sampling, prompts)
+    sampler = Sampler(actor, sampling)
+    learner = ppo.Learner(models, sampler, config, trainings.SEED, ema=None, ptx=None)
+    control = ppo._calibrate(learner, prompts)
     rows = order.stream(len(prompts), trainings.SEED, 0, config.reward_samples)
     stream = Stream(trainings.SEED, Purpose.CALIBRATION)
-    rollout = roll_out(models, [prompts[int(i)][0] for i in rows], sampling, stream, config.run)
+    rollout = roll_out(models, sampler, [prompts[int(i)][0] for i in rows], stream, config.run)
     assert abs(rollout.scores.mean()) + abs(rollout.scores.std() - 1) > 0.1  # raw ones are not so by chance
     assert ppo._targets(rollout, config, control, None)[1]["score"] == pytest.approx(0, abs=1e-4)
     assert control.score_sd == pytest.approx(float(rollout.scores.std()), rel=1e-3)
@@ -144,7 +145,7 @@ def rollout(actor, scorers, sequences):
     critic, reward = map(SingleForward, scorers)
     sampling = Sampling(6, 0.7, trainings.EOS, trainings.PAD)
     noise = uniforms(Stream(trainings.SEED, Purpose.ROLLOUT), range(3), 6)
-    generated = distributed.respond(actor, sequences(3, 9, 5), sampling, noise)
+    generated = generate(actor, sequences(3, 9, 5), sampling, noise)
     models = Models(SingleForward(actor), critic, SingleForward(actor), reward)
     return observe(models, generated, 0.7, micro_batch_size=2)
 
@@ -172,6 +173,7 @@ def test_ratios_and_values_each_have_a_clipping_range(rollout, actor, scorers):
         rollout.batch,
         mask,
         rollout.ended,
+        rollout.sampled_logprobs,
         rollout.old_logprobs - 0.2 * moved,
         rollout.ref_logprobs,
         rollout.values - 0.2 * by,
@@ -205,7 +207,7 @@ def test_every_epoch_passes_once_over_the_rollout_in_its_own_order(monkeypatch, 
 
     monkeypatch.setattr(ppo, "_step", note)
     config = trainings.settings("rlhf", {"ppo_epochs": epochs, "mini_batches": count})
-    learner = ppo.Learner(None, config, trainings.SEED, None, None)
+    learner = ppo.Learner(None, None, config, trainings.SEED, None, None)
     rollout = SimpleNamespace(ended=torch.zeros(16))
     for iteration in range(2):
         ppo._update(learner, rollout, None, iteration)
@@ -244,7 +246,7 @@ def test_ptx_is_added_to_the_policy_loss_with_its_coefficient_and_reported_witho
     rows = Rows(tmp_path / "train")
     ptx = Ptx(rows, coef=3.0, pad_id=trainings.PAD, seed=1, size=8, steps=9, micro_batch_size=3)
     models = Models(Engine(actor), Engine(scorers[0]), None, None)
-    learner = ppo.Learner(models, trainings.settings("rlhf", {}), trainings.SEED, None, ptx)
+    learner = ppo.Learner(models, None, trainings.settings("rlhf", {}), trainings.SEED, None, ptx)
     targets = ppo.Targets(*torch.randn(2, *rollout.response_mask.shape))
     metrics = ppo._step(learner, rollout, targets, torch.arange(3), 5)
     assert [engine is models.actor for engine, _ in losses] == [True] * 4 + [False]

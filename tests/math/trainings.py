@@ -27,7 +27,7 @@ from rlhf.config import stages, training
 from rlhf.config.overrides import merge
 from rlhf.data import tokens
 from rlhf.data.rows import PARTS, RowWriter
-from rlhf.generation.engine import Sampling
+from rlhf.generation.sampling import Sampling
 from rlhf.models import loading, saving, sharding
 from rlhf.training import engine, ppo, reward, sft, supervised
 from rlhf.training.paths import Paths

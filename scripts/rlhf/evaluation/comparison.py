@@ -19,8 +19,8 @@ from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream
 from rlhf.evaluation.judges import JUDGES
 from rlhf.generation.distributed import sample
-from rlhf.generation.engine import Generated, Sampling
-from rlhf.generation.sampling_copy import sampling_copy
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Generated, Sampling
 from rlhf.models import outputs
 from rlhf.store.layout import EVAL
 from rlhf.terminal import printable
@@ -70,8 +70,9 @@ def _sampled(
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     sampling = Sampling(config.max_new_tokens, config.temperature, eos_id, pad_id)
     stream = Stream(config.seed, Purpose.EVALUATION)
-    copy = sampling_copy(unwrap(actor), parallel.group(run.inference_tp_size))
-    return list(sample(copy, prompts, sampling, stream, run))
+    sampler = Sampler(unwrap(actor), sampling, parallel.group(run.inference_tp_size))
+    sampler.refresh()
+    return sample(sampler, prompts, stream, run)
 
 
 def _described(

@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from rlhf import parallel
-from rlhf.config.batch import exact_div, slices
+from rlhf.config.batch import exact_div
 from rlhf.config.training import RlhfRun
 from rlhf.data.rows import Ids
 from rlhf.data.streams import Stream
-from rlhf.data.tokens import pad
-from rlhf.generation.engine import Generated, Sampling, generate, uniforms
-from rlhf.parallel import Group
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Generated, uniforms
 
 
-def respond(
-    actor: Any, prompts: Sequence[Ids], sampling: Sampling, noise: Tensor, group: Group | None = None
-) -> Generated:
-    """Sample one response of a bare model to each prompt, on this process's device.
-
-    Args:
-        noise: (B, max_new_tokens) from `uniforms`, a row per prompt.
-        group: as in `engine.generate`.
-    """
-    batch = pad(prompts, sampling.pad_id, side="left").to(parallel.device())  # (B, P)
-    return generate(actor, batch, sampling, noise, group)
-
-
-def sample(
-    actor: Any, prompts: Sequence[Ids], sampling: Sampling, stream: Stream, run: RlhfRun
-) -> Iterator[Generated]:
-    """Yield this process's share of the responses to all prompts; all processes call it together.
+def sample(sampler: Sampler, prompts: Sequence[Ids], stream: Stream, run: RlhfRun) -> list[Generated]:
+    """Return this process's share of the responses to all prompts; all processes call it together.
 
     A response depends on its sample number, which is its prompt's place, not on the process that
     samples it. The processes of a group compute their shares together.
-
-    Args:
-        actor: from `sampling_copy`.
 
     Raises:
         ValueError: the prompts cannot be divided evenly among the processes.
     """
     share = exact_div(len(prompts), parallel.world_size(), "prompts over processes")
-    group = parallel.group(run.inference_tp_size)
-    for part in slices(share, run.generation_batch_size):
-        numbers = [rank * share + i for rank in group.ranks for i in range(share)[part]]
-        noise = uniforms(stream, numbers, sampling.max_new_tokens)
-        generated = respond(actor, [prompts[n] for n in numbers], sampling, noise, group)
-        own = exact_div(len(numbers), group.size, "responses of a group")
-        yield generated.rows(slice(group.position * own, (group.position + 1) * own))
+    group = sampler.group
+    numbers = [rank * share + i for rank in group.ranks for i in range(share)]
+    noise = uniforms(stream, numbers, sampler.sampling.max_new_tokens)
+    rows = run.generation_batch_size * group.size
+    generated = sampler.generate([prompts[n] for n in numbers], noise, rows)
+    if group.size == 1:
+        return generated
+    (whole,) = generated  # families that a group can share have a layout
+    return [whole.rows(slice(group.position * share, (group.position + 1) * share))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf.errors import DataError, UserError
@@ -20,21 +21,65 @@ LINEAR = {
     "gemma2": _LLAMA,
 }
 
-# Those whose outputs are added to the hidden state. The others read it, and their outputs are heads or
-# channels of the MLP, which can be divided between processes.
-WRITERS = {
-    "opt": ("out_proj", "fc2"),
-    "gpt_neox": ("dense", "dense_4h_to_h"),
-    "llama": ("o_proj", "down_proj"),
-    "mistral": ("o_proj", "down_proj"),
-    "qwen2": ("o_proj", "down_proj"),
-}
-
 # Families whose attention is a causal softmax of scaled scores and nothing else, unless a window is set.
-PLAIN_ATTENTION = frozenset({"opt", "gpt_neox", "llama", "qwen2"})
+PLAIN_ATTENTION = frozenset({"opt", "gpt_neox", "llama", "mistral", "qwen2"})
 
-# Attribute of attention modules with the number of heads, for families that do not infer it from shapes.
-HEAD_COUNT = {"opt": "num_heads"}
+POSITION_OFFSET = 2  # of learned position embeddings: OPT's table begins with two rows that nothing uses
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a family's weights, for the generation engine's copy of them."""
+
+    layer: str  # prefix of a layer's weights
+    qkv: tuple[str, ...]  # queries, keys and values: three layers, or one that has them head by head
+    out: str
+    up: tuple[str, ...]  # of an MLP with a gate: the gate, then the up projection
+    down: str
+    norms: tuple[str, str]  # before attention and before the MLP, or after them (OPT-350M)
+    embedding: str
+    norm: str
+    positions: str = ""
+    projections: tuple[str, str] = ("", "")  # from the embedding's width and back
+
+
+_LLAMA_LAYOUT = Layout(
+    layer="model.layers.{}.",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    embedding="model.embed_tokens",
+    norm="model.norm",
+)
+LAYOUTS = {
+    "opt": Layout(
+        layer="model.decoder.layers.{}.",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.out_proj",
+        up=("fc1",),
+        down="fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        embedding="model.decoder.embed_tokens",
+        norm="model.decoder.final_layer_norm",
+        positions="model.decoder.embed_positions",
+        projections=("model.decoder.project_in", "model.decoder.project_out"),
+    ),
+    "llama": _LLAMA_LAYOUT,
+    "mistral": _LLAMA_LAYOUT,
+    "qwen2": _LLAMA_LAYOUT,
+    "gpt_neox": Layout(
+        layer="gpt_neox.layers.{}.",
+        qkv=("attention.query_key_value",),
+        out="attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        embedding="gpt_neox.embed_in",
+        norm="gpt_neox.final_layer_norm",
+    ),
+}
 
 # Names of a causal language model's head, if it is not tied to the embeddings.
 LANGUAGE_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
@@ -78,6 +123,11 @@ def linear_layers(config: Any) -> tuple[str, ...]:
         ) from None
 
 
+def has_layout(config: Any) -> bool:
+    """Return whether the generation engine knows a model's weights and computes its attention."""
+    return config.model_type in LAYOUTS and attends_plainly(config)
+
+
 def attends_plainly(config: Any) -> bool:
     """Return whether a model's attention is a causal softmax and nothing else."""
     return config.model_type in PLAIN_ATTENTION and getattr(config, "sliding_window", None) is None
@@ -90,10 +140,10 @@ def refuse_uneven(config: Any, processes: int) -> None:
         UserError: with the numbers of processes that are possible.
     """
     field = f"rlhf.run.inference_tp_size = {processes}: "
-    if config.model_type not in WRITERS:
+    if config.model_type not in LAYOUTS:
         raise UserError(
             f"{field}a {config.model_type} model cannot be divided between processes (supported families:"
-            f" {', '.join(WRITERS)}): choose 1"
+            f" {', '.join(LAYOUTS)}): choose 1"
         )
     heads = config.num_attention_heads
     counts = {

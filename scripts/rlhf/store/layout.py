@@ -29,11 +29,18 @@ RESULTS = {
     "rlhf/critic_adapter": CRITIC_ADAPTER,
     "rlhf/curves.png": CURVES,
 }
-# Result -> results that are linked with it, because they exist by then: its parents and its curves.
+# Result -> names that are made with it: what it was built from, and curves.
 COMPANIONS = {
     "sft/actor": ("sft/curves.png",),
     "reward/model": ("reward/curves.png",),
-    "rlhf/actor": ("sft/actor", "reward/model", "rlhf/critic", "rlhf/curves.png"),
+    "rlhf/actor": (
+        "sft/actor",
+        "sft/curves.png",
+        "reward/model",
+        "reward/curves.png",
+        "rlhf/critic",
+        "rlhf/curves.png",
+    ),
 }
 
 

@@ -215,6 +215,7 @@ def backward(engine: Any, loss: Tensor) -> None:
     if not torch.isfinite(loss):
         raise _divergence(f"the loss is {loss.item()}", engine)
     engine.backward(loss * engine.world_size * _loss_scale(engine), scale_wrt_gas=False)
+    engine.micro_batches_done = getattr(engine, "micro_batches_done", 0) + 1
     if not engine.is_gradient_accumulation_boundary():
         engine.step()  # counts the micro-batch
 
@@ -228,7 +229,9 @@ def step(engine: Any) -> float:
     Raises:
         DivergenceError: the gradient is not finite.
     """
-    assert engine.is_gradient_accumulation_boundary(), "a micro-batch is missing"
+    done, expected = getattr(engine, "micro_batches_done", 0), engine.gradient_accumulation_steps()
+    assert done == expected, f"{done} of {expected} micro-batches"
+    engine.micro_batches_done = 0
     scale = _loss_scale(engine)
     norm = 0.0 if engine.get_global_grad_norm() is not None else _gradient_norm(engine.module)
     engine.step()

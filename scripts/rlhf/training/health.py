@@ -28,6 +28,10 @@ BOUNDS = (
     Bound("first_approx_kl", -1e-3, 0.01,
           "with the same weights the training forward gives other log-probs than at the rollout: dropout is on,"
           " or weights changed in between"),
+    Bound("sampler_kl", -1e-4, 1e-3,
+          "sampler and trainer are two policies: a mask, a position or weights differ between them"),
+    Bound("sampler_outside", 0, 0.01, "the trainer gives some sampled tokens another probability than the sampler"),
+    Bound("sampler_ess", 0.9, 1.001, "sampler and trainer disagree on many tokens"),
     Bound("ratio_mean", 0.9, 1.1, "updates move the policy far: lower the learning rate or ppo_epochs"),
     Bound("clip_fraction", 0, 0.4, "most of a mini-batch is clipped: lower the learning rate or ppo_epochs"),
     Bound("approx_kl", -1e-3, 0.1, "an iteration moves the policy far: lower the learning rate or ppo_epochs"),

@@ -25,7 +25,8 @@ from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream, rng, seed_of
 from rlhf.data.tokens import Padded
 from rlhf.errors import DataError
-from rlhf.generation.engine import Sampling
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Sampling
 from rlhf.models import lora
 from rlhf.models.ema import Ema
 from rlhf.models.loading import load_actor, load_scorer
@@ -50,7 +51,7 @@ class Targets:
 
 
 @dataclass
-class Controller:
+class LoopState:
     """What the loop remembers between iterations; saved with every state."""
 
     score_mean: float
@@ -63,6 +64,7 @@ class Learner:
     """What an optimizer step works on."""
 
     models: Models
+    sampler: Sampler
     config: Rlhf
     seed: int
     ema: Ema | None
@@ -119,11 +121,11 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     state = State(paths.work, run.shard_layout)
     state.lock()
     iterations = rlhf_iterations(config, len(prompts))
-    learner = _learner(models, config, iterations, seed, paths, sampling.pad_id)
+    learner = _learner(models, config, sampling, iterations, seed, paths)
     _register(learner, state)
     found = state.load()
     done = found[0] if found else 0
-    control = Controller(**found[1]) if found else _calibrate(learner, sampling, prompts)
+    loop = LoopState(**found[1]) if found else _calibrate(learner, prompts)
     log, health = MetricsLog(paths.work, paths.board, done), Health()
     bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
     for iteration in bar:
@@ -131,39 +133,42 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
         first = iteration * config.rollout_batch_size
         rows = order.stream(len(prompts), seed, first, config.rollout_batch_size)
         chosen = [prompts[int(i)][0] for i in rows]
-        rollout = roll_out(learner.models, chosen, sampling, Stream(seed, Purpose.ROLLOUT, first), run)
+        stream = Stream(seed, Purpose.ROLLOUT, first)
+        rollout = roll_out(learner.models, learner.sampler, chosen, stream, run)
         # 2. Rewards and advantages.
-        targets, metrics = _targets(rollout, config, control, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
+        targets, metrics = _targets(rollout, config, loop, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
         # 3. Several optimizer steps on both models.
         metrics |= _update(learner, rollout, targets, iteration)
-        # 4. Controller, metrics, state.
-        _adapt_kl_coef(control, config, metrics["kl_ref"])
+        # 4. The KL coefficient, metrics, state.
+        _adapt_kl_coef(loop, config, metrics["kl_ref"])
         log.log(iteration + 1, metrics)
         if parallel.rank() == 0:
             health.look(iteration + 1, metrics)
         if (iteration + 1) % run.log_steps == 0:
             bar.set_postfix({n: f"{metrics[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
-            state.save(iteration + 1, vars(control))
+            state.save(iteration + 1, vars(loop))
     return Trained(_summary(log.path, iterations) if parallel.rank() == 0 else {}, log, learner.ema)
 
 
-def _learner(models: Models, config: Rlhf, iterations: int, seed: int, paths: Paths, pad_id: int) -> Learner:
+def _learner(
+    models: Models, config: Rlhf, sampling: Sampling, iterations: int, seed: int, paths: Paths
+) -> Learner:
     """Return engines around the four bare models, and what goes with them."""
     run, size = config.run, exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch")
     batch, steps = plan_batch(size, run), iterations * config.ppo_epochs * config.mini_batches
-    ptx, both = None, batch
+    ptx, actor_batch = None, batch
     if config.ptx_coef is not None and paths.ptx is not None:
         rows = Rows(paths.ptx / TRAIN)
-        ptx = Ptx(rows, config.ptx_coef, pad_id, seed, size, steps, run.micro_batch_size)
+        ptx = Ptx(rows, config.ptx_coef, sampling.pad_id, seed, size, steps, run.micro_batch_size)
         # An optimizer step of the actor has as many micro-batches again.
-        both = replace(batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps)
+        actor_batch = replace(batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps)
     if config.actor_lora:
         lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
     if config.critic_lora:
         lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
     dtype, offloads, frozen = config.dtype, "reference" in run.offload, models.reference
-    actor = engine.Recipe(config.actor, config.actor_lora, both, steps, dtype, run)
+    actor = engine.Recipe(config.actor, config.actor_lora, actor_batch, steps, dtype, run)
     critic = engine.Recipe(config.critic, config.critic_lora, batch, steps, dtype, run)
     engines = Models(
         engine.initialize(models.actor, actor),
@@ -172,7 +177,8 @@ def _learner(models: Models, config: Rlhf, iterations: int, seed: int, paths: Pa
         engine.frozen(models.reward, dtype),
     )
     ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)
-    return Learner(engines, config, seed, ema, ptx)
+    sampler = Sampler(models.actor, sampling, parallel.group(run.inference_tp_size))
+    return Learner(engines, sampler, config, seed, ema, ptx)
 
 
 def _register(learner: Learner, state: State) -> None:
@@ -183,7 +189,7 @@ def _register(learner: Learner, state: State) -> None:
         state.shared |= set() if learner.ema.is_sharded else {"ema"}
 
 
-def _calibrate(learner: Learner, sampling: Sampling, prompts: Rows) -> Controller:
+def _calibrate(learner: Learner, prompts: Rows) -> LoopState:
     """Find the reward model's mean and sd over responses of the SFT model, which the actor still is."""
     config, seed = learner.config, learner.seed
     rows = order.stream(len(prompts), seed, 0, config.reward_samples)
@@ -191,51 +197,52 @@ def _calibrate(learner: Learner, sampling: Sampling, prompts: Rows) -> Controlle
     for part in slices(config.reward_samples, config.rollout_batch_size):
         chosen = [prompts[int(i)][0] for i in rows[part]]
         stream = Stream(seed, Purpose.CALIBRATION, part.start)
-        raw.append(roll_out(learner.models, chosen, sampling, stream, config.run).scores)
+        raw.append(roll_out(learner.models, learner.sampler, chosen, stream, config.run).scores)
     scores = torch.cat(raw)
     if not scores.std() > 0:
         raise DataError(
             f"the reward model gives every response the same score, {float(scores[0])}: look at its"
             " metrics and its data"
         )
-    return Controller(float(scores.mean()), float(scores.std()), config.kl_coef)
+    return LoopState(float(scores.mean()), float(scores.std()), config.kl_coef)
 
 
 def _targets(
-    rollout: Rollout, config: Rlhf, control: Controller, rng: np.random.Generator
+    rollout: Rollout, config: Rlhf, loop: LoopState, noise: np.random.Generator
 ) -> tuple[Targets, Metrics]:
     """Return advantages and returns of a rollout, and its metrics."""
     mask = rollout.response_mask  # (B, A)
-    normalised = (rollout.scores - control.score_mean) / control.score_sd  # (B,)
+    normalised = (rollout.scores - loop.score_mean) / loop.score_sd  # (B,)
     finished = normalised - config.missing_eos_penalty * ~rollout.ended  # (B,)
     clipped = finished.clamp(-config.reward_clip, config.reward_clip)  # (B,)
     if config.shuffle_scores:
-        clipped = clipped[torch.from_numpy(rng.permutation(len(clipped))).to(clipped.device)]
+        clipped = clipped[torch.from_numpy(noise.permutation(len(clipped))).to(clipped.device)]
     kl = (rollout.old_logprobs - rollout.ref_logprobs) * mask  # (B, A)
-    rewards = ppo_math.shape_rewards(kl, clipped, mask, control.kl_coef)  # (B, A)
+    rewards = ppo_math.shape_rewards(kl, clipped, mask, loop.kl_coef)  # (B, A)
     advantages, returns = ppo_math.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
     lengths = mask.sum(-1).float()  # (B,)
     metrics = {
         "score": normalised.mean(),
         "score_raw": rollout.scores.mean(),
         "rlhf_reward": rewards.sum(-1).mean(),
-        "non_score_reward": (-control.kl_coef * kl).sum(-1).mean(),
+        "non_score_reward": (-loop.kl_coef * kl).sum(-1).mean(),
         "kl_ref": kl.sum(-1).mean(),
-        "kl_coef": control.kl_coef,
+        "kl_coef": loop.kl_coef,
         "length": lengths.mean(),
         "ended": rollout.ended.float().mean(),
         "score_length_correlation": ppo_math.correlation(rollout.scores, lengths),
         "value": ppo_math.masked_mean(rollout.values, mask),
         "explained_variance": ppo_math.explained_variance(rollout.values, returns, mask),
     }
+    metrics |= ppo_math.sampling_mismatch(rollout.sampled_logprobs, rollout.old_logprobs, mask)
     return Targets(ppo_math.whiten(advantages, mask), returns), _floats(metrics)
 
 
-def _adapt_kl_coef(control: Controller, config: Rlhf, kl: float) -> None:
+def _adapt_kl_coef(loop: LoopState, config: Rlhf, kl: float) -> None:
     """Move an adaptive coefficient towards its target; a fixed one stays."""
     if config.kl_target is not None:
-        control.kl_coef = ppo_math.next_kl_coef(
-            control.kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon
+        loop.kl_coef = ppo_math.next_kl_coef(
+            loop.kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon
         )
 
 
@@ -279,8 +286,8 @@ def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, nu
         engine.backward(actor, loss)
         parts.append(metrics)
     if ptx:
-        for imitated, of in ptx.micro_batches(number):
-            loss = actor(partial(ptx.loss, rows=imitated, tokens=of))
+        for imitated, total in ptx.micro_batches(number):
+            loss = actor(partial(ptx.loss, rows=imitated, tokens=total))
             engine.backward(actor, ptx.coef * loss)
             parts.append({"ptx_loss": float(loss.detach())})
     actor_norm = engine.step(actor)

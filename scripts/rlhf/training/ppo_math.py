@@ -76,6 +76,26 @@ def approx_kl(logratio: Tensor) -> Tensor:
     return logratio.exp() - 1 - logratio
 
 
+def sampling_mismatch(sampled: Tensor, trained: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return how the trainer's log-probabilities of a rollout's tokens differ from the sampler's; scalars.
+
+    Both sides have the same weights: a mask, position, cache or weight that is wrong on one of them shows here.
+
+    Args:
+        sampled: (B, A) by the sampler, as each token was sampled.
+        trained: (B, A) by the training forward.
+    """
+    logratio = (trained - sampled)[mask]  # (N,)
+    ratio = logratio.exp()
+    return {
+        "sampler_kl": approx_kl(logratio).mean(),
+        "sampler_diff": logratio.abs().mean(),
+        "sampler_diff_max": logratio.abs().max(),
+        "sampler_outside": ((ratio < 0.5) | (ratio > 2)).float().mean(),
+        "sampler_ess": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+    }
+
+
 def entropy(logprobs: Tensor) -> Tensor:
     """Return the entropy in nats of distributions, shape (...), from log-probabilities (..., V)."""
     return -(logprobs.exp() * logprobs).sum(-1)

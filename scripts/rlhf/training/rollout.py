@@ -20,8 +20,8 @@ from rlhf.data.rows import Ids
 from rlhf.data.streams import Stream
 from rlhf.data.tokens import Padded, response_labels
 from rlhf.generation.distributed import sample
-from rlhf.generation.engine import Generated, Sampling
-from rlhf.generation.sampling_copy import sampling_copy
+from rlhf.generation.sampler import Sampler
+from rlhf.generation.sampling import Generated
 from rlhf.models.lora import adapters_disabled
 from rlhf.models.outputs import evaluating, response_logprobs, response_values, scores
 from rlhf.training.engine import unwrap
@@ -34,6 +34,7 @@ class Rollout:
     batch: Padded  # (B, P + A) left padding, prompt, response, right padding
     response_mask: Tensor  # (B, A) bool; True on the response and its EOS
     ended: Tensor  # (B,) bool; True: the response ends with EOS
+    sampled_logprobs: Tensor  # (B, A) log pi of the actor, by the sampler, at each token as it was sampled
     old_logprobs: Tensor  # (B, A) log pi of the actor, by the engine that trains it
     ref_logprobs: Tensor  # (B, A) log pi of the SFT model
     values: Tensor  # (B, A) the critic's value of the state before each token
@@ -46,7 +47,7 @@ class Rollout:
         return replace(self, batch=Padded(ids, F.pad(self.batch.mask, (left, right))), **per_token)
 
 
-PER_TOKEN = ("response_mask", "old_logprobs", "ref_logprobs", "values")
+PER_TOKEN = ("response_mask", "sampled_logprobs", "old_logprobs", "ref_logprobs", "values")
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,16 @@ class Models:
 
 
 def roll_out(
-    models: Models, prompts: Sequence[Ids], sampling: Sampling, stream: Stream, run: RlhfRun
+    models: Models, sampler: Sampler, prompts: Sequence[Ids], stream: Stream, run: RlhfRun
 ) -> Rollout:
     """Return the rollout over `prompts`, the whole of it in every process; each samples a part.
 
     A response depends on its sample number in `stream`, not on the process that samples it.
     """
-    actor = sampling_copy(unwrap(models.actor), parallel.group(run.inference_tp_size))
-    generated = list(sample(actor, prompts, sampling, stream, run))
-    del actor
+    sampler.refresh()
+    generated = sample(sampler, prompts, stream, run)
+    sampler.release()
+    sampling = sampler.sampling
     parts = [observe(models, part, sampling.temperature, run.micro_batch_size) for part in generated]
     return _joined(parts, sampling.pad_id)
 
@@ -90,7 +92,7 @@ def observe(models: Models, generated: Generated, temperature: float, micro_batc
                 ref[rows] = scatter(reference(response_logprobs, batch, labels, temperature), mask[rows])
             values[rows] = scatter(models.critic(response_values, batch, labels), mask[rows])
             scored[rows] = models.reward(scores, batch)
-    return Rollout(generated.batch, mask, generated.ended, old, ref, values, scored)
+    return Rollout(generated.batch, mask, generated.ended, generated.logprobs, old, ref, values, scored)
 
 
 def by_length(batch: Padded, rows: Tensor, size: int) -> Sequence[Tensor]:

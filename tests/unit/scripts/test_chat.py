@@ -7,7 +7,7 @@ import chat
 import pytest
 
 from rlhf.errors import UserError, run_main
-from rlhf.generation.engine import Sampling
+from rlhf.generation.sampling import Sampling
 
 MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
 

@@ -8,6 +8,9 @@ from rlhf.training.health import BOUNDS, Health
 
 WELL = {
     "first_approx_kl": 1e-6,
+    "sampler_kl": 1e-5,
+    "sampler_outside": 0.0,
+    "sampler_ess": 1.0,
     "ratio_mean": 1.0,
     "clip_fraction": 0.1,
     "approx_kl": 0.01,

@@ -1,0 +1,262 @@
+"""A decode copy of a causal language model: fused projections, merged adapters, a flat forward.
+
+The trainer's weights are copied into it before each rollout, in place, so that CUDA graphs keep their
+addresses. Each process of a group may have a shard of it, by heads and by channels of the MLP: layers
+that read the hidden state are split by outputs, layers that add to it by inputs, and the processes sum
+what they add. Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
+
+Letters: B rows, T tokens of a row, H channels, D channels of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from rlhf import parallel
+from rlhf.config.batch import exact_div
+from rlhf.generation import attention
+from rlhf.models import families, lora
+from rlhf.models.sharding import gathered_parameters
+from rlhf.parallel import Group
+
+# (layer, queries, keys, values), each (..., heads, D) -> (..., heads, D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or this process's shard of one."""
+
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (..., outputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm, or a root-mean-square norm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (..., H), as transformers computes it."""
+        if not self.rms:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) if self.weight is None else self.weight * scaled.to(x.dtype)
+
+
+def add_norm(x: Tensor, added: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Return `x` with `added` added to it, and the norm of that, both (..., H)."""
+    if x.dim() == 2 and x.device.type == "cuda" and norm.weight is not None:
+        # Imported here: a CPU build of torch has no Triton.
+        from rlhf.generation import kernels  # noqa: PLC0415
+
+        return x, kernels.add_norm(x, added, norm.weight, norm.bias, norm.eps, norm.rms)
+    x = x if added is None else x + added
+    return x, norm(x)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer. `up` holds the gate and the up projection where the MLP has a gate."""
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    norms: tuple[Norm, Norm]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the copy, and the weights of the model that fill it, one below the other."""
+
+    target: Tensor
+    names: tuple[str, ...]
+    split: int | None  # the dimension along which a group shares it
+
+
+class Decoder:
+    """The decode copy of one model; `refresh` fills it. Its group's processes compute together."""
+
+    def __init__(self, model: Any, group: Group) -> None:
+        families.refuse_uneven(model.config, group.size)
+        config, layout = model.config, families.LAYOUTS[model.config.model_type]
+        self.config, self.group, self.weights = config, group, list[Weight]()
+        self._parameters = dict(model.named_parameters())
+        self.dtype, self.device = model.dtype, parallel.device()
+        heads = config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.scale = self.head_dim**-0.5
+        self.heads = exact_div(heads, group.size, "heads")
+        self.kv_heads = exact_div(getattr(config, "num_key_value_heads", None) or heads, group.size, "heads")
+        self._activation = ACT2FN[getattr(config, "activation_function", None) or config.hidden_act]
+        self._norm_first = getattr(config, "do_layer_norm_before", True)
+        self._is_parallel = getattr(config, "use_parallel_residual", False)
+        self.embedding = self._tensor(f"{layout.embedding}.weight")
+        self.positions = self._optional(f"{layout.positions}.weight")
+        self.project_in = self._optional(f"{layout.projections[0]}.weight")
+        self.project_out = self._optional(f"{layout.projections[1]}.weight")
+        self.layers = [self._layer(layout, layout.layer.format(i)) for i in range(config.num_hidden_layers)]
+        self.norm = self._norm(layout.norm) if f"{layout.norm}.weight" in self._parameters else None
+        head = next(n for n, p in self._parameters.items() if p is model.get_output_embeddings().weight)
+        self.head = self.embedding if head == f"{layout.embedding}.weight" else self._tensor(head)
+        self.rotary = _rotary_tables(model, self.device)
+        self._parameters = {}  # the model may go
+        self.uses_kernels = attention.has_kernel(self.device, self.head_dim)
+
+    @torch.no_grad()
+    def refresh(self, model: Any) -> None:
+        """Copy the weights of `model`, in place; one weight is gathered and merged at a time.
+
+        All processes of a training call it together.
+        """
+        for weight in self.weights:
+            start = 0
+            for name in weight.names:
+                with gathered_parameters(lora.parameters_of(model, name)):
+                    for part in self._parts(name, lora.merged_weight(model, name)):
+                        shard = self._shard(part, weight.split)
+                        weight.target[start : start + len(shard)].copy_(shard)
+                        start += len(shard)
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return (..., H): the last hidden state.
+
+        Args:
+            ids: (...) int64 tokens.
+            positions: (...) int64, of each token in its own sequence.
+        """
+        x, added = self._embed(ids, positions), None  # what is still to be added to the hidden state
+        for number, layer in enumerate(self.layers):
+            first, second = layer.norms
+            x, normed = add_norm(x, added, first) if self._norm_first else (x, x)
+            qkv = layer.qkv(normed).unflatten(-1, (-1, self.head_dim))
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], -2)  # (..., heads, D)
+            if self.rotary is not None:
+                q, k = self._rotate(q, positions), self._rotate(k, positions)
+            attended = self._added(layer.out, attend(number, q, k, v).flatten(-2))
+            if self._is_parallel:
+                x = self._mlp(layer, second(x)) + attended + x
+            elif self._norm_first:
+                x, normed = add_norm(x, attended, second)
+                added = self._mlp(layer, normed)
+            else:
+                x = first(x + attended)
+                x = second(x + self._mlp(layer, x))
+        return x if self.norm is None else add_norm(x, added, self.norm)[1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (..., V) from (..., H)."""
+        if self.project_out is not None:
+            hidden = F.linear(hidden, self.project_out)
+        return F.linear(hidden, self.head)
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = F.embedding(ids, self.embedding)
+        if self.project_in is not None:
+            x = F.linear(x, self.project_in)
+        offset = families.POSITION_OFFSET
+        return x if self.positions is None else x + F.embedding(positions + offset, self.positions)
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        up = layer.up(x)
+        gate, *rest = up.chunk(2, -1) if layer.up.weight.shape[0] > layer.down.weight.shape[1] else (up,)
+        return self._added(layer.down, self._activation(gate) * rest[0] if rest else self._activation(gate))
+
+    def _added(self, layer: Linear, x: Tensor) -> Tensor:
+        """Return the output of a layer that adds to the hidden state, summed over the group."""
+        if self.group.size == 1:
+            return layer(x)
+        out = parallel.group_sum(F.linear(x, layer.weight), self.group)
+        return out if layer.bias is None else out + layer.bias  # after the sum: once
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return (..., heads, D) with rotary position embeddings. Source: Su et al. 2021, section 3.4.2."""
+        assert self.rotary is not None
+        cos, sin = (F.embedding(positions, table)[..., None, :] for table in self.rotary)
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        left, right = turned.chunk(2, -1)
+        turned = turned * cos + torch.cat([-right, left], -1) * sin
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    # -- making the copy ----------------------------------------------------------------------
+
+    def _tensor(self, *names: str, split: int | None = None) -> Tensor:
+        """Return a tensor that `refresh` fills with some of the model's weights, one below the other."""
+        shapes = [_shape(self._parameters[name]) for name in names]
+        rows = sum(shape[0] for shape in shapes)
+        sizes = [rows, *shapes[0][1:]]
+        if split is not None:
+            sizes[split] = exact_div(sizes[split], self.group.size, names[0])
+        target = torch.empty(sizes, dtype=self.dtype, device=self.device)
+        self.weights.append(Weight(target, names, split))
+        return target
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self._tensor(name) if name in self._parameters else None
+
+    def _linear(self, names: Sequence[str], split: int) -> Linear:
+        """Return a layer that is split by outputs (0), or by inputs (1), where the bias is whole."""
+        biases = [f"{name}.bias" for name in names]
+        has_bias = biases[0] in self._parameters
+        bias = self._tensor(*biases, split=0 if split == 0 else None) if has_bias else None
+        return Linear(self._tensor(*(f"{name}.weight" for name in names), split=split), bias)
+
+    def _layer(self, layout: families.Layout, prefix: str) -> Layer:
+        return Layer(
+            qkv=self._linear([prefix + name for name in layout.qkv], 0),
+            out=self._linear([prefix + layout.out], 1),
+            up=self._linear([prefix + name for name in layout.up], 0),
+            down=self._linear([prefix + layout.down], 1),
+            norms=(self._norm(prefix + layout.norms[0]), self._norm(prefix + layout.norms[1])),
+        )
+
+    def _norm(self, name: str) -> Norm:
+        rms = getattr(self.config, "rms_norm_eps", None)
+        eps = rms if rms is not None else getattr(self.config, "layer_norm_eps", 1e-5)
+        return Norm(self._optional(f"{name}.weight"), self._optional(f"{name}.bias"), eps, rms is not None)
+
+    def _parts(self, name: str, weight: Tensor) -> Sequence[Tensor]:
+        """Return what a group splits: queries, keys and values apart, which GPT-NeoX has head by head."""
+        if not name.rpartition(".")[0].endswith("query_key_value"):
+            return [weight]
+        by_head = weight.view(self.config.num_attention_heads, 3, self.head_dim, *weight.shape[1:])
+        return by_head.transpose(0, 1).flatten(1, 2).unbind(0)
+
+    def _shard(self, weight: Tensor, split: int | None) -> Tensor:
+        """Return this process's shard of a whole weight."""
+        if split is None or self.group.size == 1:
+            return weight
+        size = weight.shape[split] // self.group.size
+        return weight.narrow(split, self.group.position * size, size)
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, which ZeRO-3 may hold in shards."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _rotary_tables(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return cosines and sines of every position, both (positions, channels that turn); None without them."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        return None
+    positions = torch.arange(model.config.max_position_embeddings, device=rotary.inv_freq.device)
+    cos, sin = rotary(torch.empty(0, dtype=model.dtype, device=positions.device), positions[None])
+    return cos[0].to(device).contiguous(), sin[0].to(device).contiguous()
