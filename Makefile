@@ -1,4 +1,4 @@
-.PHONY: help setup setup-test demo test test-quick test-k8s test-image bench bench-all bench-k8s image learn peer \
+.PHONY: help setup setup-test demo test test-quick test-k8s test-image bench bench-all bench-gpu bench-k8s image learn peer \
 	picture schema lint fmt
 .DEFAULT_GOAL := help
 
@@ -85,6 +85,9 @@ bench-all:
 	$(BIN)/python scripts/launch.py --log logs/bench.log tests/bench/packing.py 2>&1
 	$(BIN)/python tests/bench/memory.py
 	$(BIN)/python tests/bench/threads.py
+
+bench-gpu: setup ## PPO's samples per second and shares of time on this machine's GPU
+	PYTHONPATH=scripts $(RECORD) "make bench-gpu" -- sh -c "$(BIN)/python tests/bench/ppo_gpu.py | grep -E 'NVIDIA|per token'"
 
 picture: setup ## docs/overview.svg, from `tiny`
 	$(BIN)/snakemake $(TARGET)/actor
