@@ -8,7 +8,7 @@ system() { # python, and what the executor's entrypoint runs: bash, getent, setp
   apt-get install -y --no-install-recommends bash ca-certificates libc-bin python3 python3-venv util-linux
 }
 
-packages() { # what pyproject.toml asks for, in the lock's versions; torch brings CUDA along by itself
+packages() { # what pyproject.toml requires, in the lock's versions; torch includes CUDA
   python3 -m venv /opt/venv
   /opt/venv/bin/pip install --upgrade pip # Debian's builds source packages in an old way
   python3 - "$here/pyproject.toml" > /tmp/requirements.txt <<'PY'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the CPU build of torch: from where pip looks anyway if a CPU build lies there, otherwise
-# from PyTorch's own index for CPU builds.
+# Installs the CPU build of torch: from pip's usual index if it has one, otherwise from PyTorch's own
+# index for CPU builds.
 set -euo pipefail
 version=$(grep '^torch==' envs/constraints.txt)
 index=https://download.pytorch.org/whl/cpu
@@ -8,7 +8,7 @@ if "${PIP:-pip}" install --quiet --dry-run --no-deps --report - "$version" 2>/de
     "${PIP:-pip}" install --quiet "$version"
 else
     "${PIP:-pip}" install --quiet --extra-index-url "$index" "$version+cpu" || {
-        echo "no CPU build of torch to be had from $index: installing the usual one, which brings CUDA along" >&2
+        echo "$index has no CPU build of torch: installing the usual one, which includes CUDA" >&2
         "${PIP:-pip}" install --quiet "$version"
     }
 fi
