@@ -77,6 +77,37 @@ def test_the_engine_samples_what_a_familys_own_forward_samples(name, sequences):
     torch.testing.assert_close(engine.logprobs, theirs.logprobs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_norm_elementwise_affine": False},
+        {"_remove_final_layer_norm": True},
+        {"layer_norm_elementwise_affine": False, "do_layer_norm_before": False},
+        {"enable_bias": False},
+    ],
+)
+def test_an_opt_of_another_make_is_sampled_as_its_own_forward_does(actor, sequences, changes):
+    config = copy.deepcopy(actor.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(3)
+    model, prompts, sampling = (
+        type(actor)(config).eval(),
+        sequences(*LENGTHS),
+        Sampling(LENGTH, 1.0, EOS, PAD),
+    )
+    engine = generate(model, prompts, sampling, noise_for(prompts))
+    theirs = plain.generate(model, pad(prompts, PAD, side="left"), sampling, noise_for(prompts))
+    assert tokens_of(engine) == tokens_of(theirs)
+    torch.testing.assert_close(engine.logprobs, theirs.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_a_layout_does_not_know_are_not_left_out_in_silence(actor):
+    actor.model.decoder.layers[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match=r"the layout of opt lacks model.decoder.layers.0.extra.weight"):
+        Sampler(actor, Sampling(LENGTH, 1.0, EOS, PAD)).refresh()
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_sampler_and_trainer_are_one_policy(name, sequences, temperature):

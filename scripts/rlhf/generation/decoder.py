@@ -5,7 +5,7 @@ addresses. Each process of a group may have a shard of it, by heads and by chann
 that read the hidden state are split by outputs, layers that add to it by inputs, and the processes sum
 what they add. Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 
-Letters: B rows, T tokens of a row, H channels, D channels of a head, V vocabulary.
+Letters: H channels, D channels of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers.activations import ACT2FN
 
 from rlhf import parallel
 from rlhf.config.batch import exact_div
-from rlhf.generation import attention
 from rlhf.models import families, lora
 from rlhf.models.sharding import gathered_parameters
 from rlhf.parallel import Group
@@ -113,12 +112,13 @@ class Decoder:
         self.project_in = self._optional(f"{layout.projections[0]}.weight")
         self.project_out = self._optional(f"{layout.projections[1]}.weight")
         self.layers = [self._layer(layout, layout.layer.format(i)) for i in range(config.num_hidden_layers)]
-        self.norm = self._norm(layout.norm) if f"{layout.norm}.weight" in self._parameters else None
+        self.norm = self._norm(layout.norm) if _has_module(model, layout.norm) else None
         head = next(n for n, p in self._parameters.items() if p is model.get_output_embeddings().weight)
         self.head = self.embedding if head == f"{layout.embedding}.weight" else self._tensor(head)
         self.rotary = _rotary_tables(model, self.device)
-        self._parameters = {}  # the model may go
-        self.uses_kernels = attention.has_kernel(self.device, self.head_dim)
+        self._refuse_unused()
+        # Collectives within a graph are not tried: a group's steps are launched one by one.
+        self.uses_graph = self.device.type == "cuda" and group.size == 1
 
     @torch.no_grad()
     def refresh(self, model: Any) -> None:
@@ -159,7 +159,9 @@ class Decoder:
             else:
                 x = first(x + attended)
                 x = second(x + self._mlp(layer, x))
-        return x if self.norm is None else add_norm(x, added, self.norm)[1]
+        if self.norm is None:
+            return x if added is None else x + added
+        return add_norm(x, added, self.norm)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., V) from (..., H)."""
@@ -239,12 +241,25 @@ class Decoder:
         by_head = weight.view(self.config.num_attention_heads, 3, self.head_dim, *weight.shape[1:])
         return by_head.transpose(0, 1).flatten(1, 2).unbind(0)
 
+    def _refuse_unused(self) -> None:
+        """Weights that the layout does not know would be left out in silence."""
+        used = {name for weight in self.weights for name in weight.names}
+        unused = [name for name in self._parameters if name not in used and not lora.is_adapter(name)]
+        assert not unused, f"the layout of {self.config.model_type} lacks {', '.join(unused)}"
+        self._parameters = {}  # the trainer may replace them
+
     def _shard(self, weight: Tensor, split: int | None) -> Tensor:
         """Return this process's shard of a whole weight."""
         if split is None or self.group.size == 1:
             return weight
         size = weight.shape[split] // self.group.size
         return weight.narrow(split, self.group.position * size, size)
+
+
+def _has_module(model: Any, path: str) -> bool:
+    """Return whether a model has a module: OPT-350M has no last norm, but the attribute."""
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name, None) is not None
 
 
 def _shape(parameter: Tensor) -> torch.Size:

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # places of the cache that a program reads at a time; with one warp, the fastest of those tried
-HEAD_DIMS = (16, 32, 64, 128, 256)  # powers of two, as Triton's ranges are
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from rlhf.parallel import Group
 
 logger = logging.getLogger(__name__)
 
-LOOK = 16  # tokens between the host's looks at a GPU, which waits for it meanwhile
+LOOK = 16  # tokens between two looks at which responses have ended; the GPU is idle during a look
 PLACES = 128  # a cache has a multiple of these: prompts of other lengths fit the same graph
 
 
@@ -108,7 +108,7 @@ class Sampler:
         return assemble(prompts, tokens, counts, logprobs, self.sampling.eos_id)
 
     def _slots_for(self, rows: int, places: int) -> Slots:
-        """Return slots of that many rows, the last ones if they have the places."""
+        """Return slots of that many rows; the last ones are used again if they have enough places."""
         assert self._decoder is not None, "refresh comes first"
         if self._slots and self._slots.rows == rows and self._slots.places >= places:
             self._slots.running.zero_()

@@ -33,7 +33,7 @@ class Slots:
         self.noise = torch.zeros((rows, length), dtype=torch.double, device=device)  # (B, A)
         self.tokens = torch.zeros((rows, length), dtype=torch.long, device=device)  # (B, A)
         self.logprobs = torch.zeros((rows, length), device=device)  # (B, A)
-        self._graph = self._captured() if decoder.uses_kernels else None
+        self._graph = self._captured() if decoder.uses_graph else None
 
     @torch.no_grad()
     def admit(self, rows: Tensor, prompts: Tensor, lengths: Tensor, noise: Tensor) -> None:
