@@ -28,9 +28,10 @@ from typing import BinaryIO
 from rlhf.errors import UserError, killed_by, run_main
 from rlhf.machine import visible_gpus
 
-# OpenMP's threads sleep while they wait for each other. By default they spin, which makes a training
-# several times slower when anything else uses the CPU (`tests/bench/threads.py`).
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+# OpenMP's threads spin only briefly while they wait for each other. By default they spin for long, which makes a
+# training several times slower when anything else uses the CPU; without any spinning it is slower on an idle
+# machine (`tests/bench/threads.py`).
+BRIEF_SPINNING = {"GOMP_SPINCOUNT": "1000"}
 GPU_PAUSE = 10.0  # seconds between looks for a free GPU
 BAR_SECONDS = 10.0  # between the lines that a progress bar writes to the log
 
@@ -47,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     program = [args.script, *args.arguments]
     if "LOCAL_RANK" in os.environ:
-        os.execve(sys.executable, [sys.executable, *program], {**PASSIVE_WAITING, **os.environ})
+        os.execve(sys.executable, [sys.executable, *program], {**BRIEF_SPINNING, **os.environ})
     nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     if args.processes % nodes:
         raise UserError(
@@ -61,7 +62,7 @@ def main() -> None:
         command = [*_torchrun(nodes, node, args.processes // nodes, log), *program]
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # else torchrun warns
     with _gpus(args.gpus) as devices:
-        sys.exit(_run(command, {**PASSIVE_WAITING, **os.environ, **environment, **devices}, log))
+        sys.exit(_run(command, {**BRIEF_SPINNING, **os.environ, **environment, **devices}, log))
 
 
 @contextmanager
