@@ -65,11 +65,11 @@ def test_the_pods_of_a_job_and_the_driver_fit_a_restricted_namespace(restricted)
 
 @pytest.fixture
 def audited():
-    harness.needs_nodes("what the controllers have asked for, from the API server's audit log")
+    harness.needs_nodes("what the controllers have requested, from the API server's audit log")
 
 
 def used_rights() -> tuple[set[tuple[str, str, str]], set[tuple[str, str, str]]]:
-    """What the ServiceAccount of k8s/base has asked for in this session: allowed, and refused."""
+    """What the ServiceAccount of k8s/base has requested in this session: allowed, and refused."""
     allowed, refused = set(), set()
     for line in harness.audit_log().read_text().splitlines():
         event = json.loads(line)
@@ -95,7 +95,7 @@ def granted_rights() -> set[tuple[str, str, str]]:
 def test_no_right_is_missing(audited):
     allowed, refused = used_rights()
     # An API server that has just started refuses for a moment what it grants before and after.
-    assert not refused - allowed, "controllers have asked for what k8s/base does not grant"
+    assert not refused - allowed, "controllers have requested what k8s/base does not grant"
 
 
 def test_no_right_is_unused(audited, request):

@@ -18,7 +18,7 @@ import pytest
 import harness
 from harness import kill, wait_until
 
-# Each run of the command leaves a line in `runs`; checkpoints go to an undeclared file. The output lies in a
+# Each run of the command leaves a line in `runs`; checkpoints go to an undeclared file. The output is in a
 # directory of its own: Snakemake removes empty ones when it ends.
 COUNTING = r"""
 rule count:

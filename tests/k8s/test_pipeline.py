@@ -135,7 +135,7 @@ def driver(place: Pipeline, profile) -> dict:
     container["volumeMounts"][0]["mountPath"] = str(harness.volume())
     container["volumeMounts"] += mine["containers"][0]["volumeMounts"]
     values = {
-        # The image is not ours: its variables are, and its code lies where the repository does.
+        # The image is not ours: its variables are, and its code is where the repository is.
         "PYTHONPATH": dockerfile.environment()["PYTHONPATH"].replace("/opt/rlhf", str(harness.REPO)),
         "SNAKEMAKE_PROFILE": str(profile),
         "SNAKEMAKE_KUBERNETES_GANG_IMAGE": harness.IMAGE,
