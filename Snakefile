@@ -8,6 +8,15 @@ min_version("9.0")
 include: "rules/common.smk"
 
 
+# What `snakemake` makes where no target is given.
+DEFAULT_RESULTS = [
+    "results/tiny/rlhf/actor",
+    "results/tiny/rlhf/critic",
+    "results/tiny/rlhf/curves.png",
+    "results/tiny/rlhf/eval",
+]
+
+
 for file in (*workflow.configfiles, "config.yaml"):
     refuse_unreadable(file)
 
@@ -41,10 +50,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        "results/tiny/rlhf/actor",
-        "results/tiny/rlhf/critic",
-        "results/tiny/rlhf/curves.png",
-        "results/tiny/rlhf/eval",
+        DEFAULT_RESULTS,
 
 
 include: "rules/sources.smk"

@@ -26,6 +26,19 @@ from rlhf.store import codehash, layout, naming, plan as planning, provenance
 ARGUMENTS = get_argument_parser().parse_args(sys.argv[1:])
 
 
+# Options with which Snakemake shows or cleans something instead of building it.
+QUERIES = """
+    archive cleanup_metadata containerize d3dag dag delete_all_output delete_temp_output detailed_summary dryrun
+    filegraph generate_unit_tests lint list_changes list_input_changes list_params_changes list_rules
+    list_target_rules list_untracked print_compilation report rulegraph summary unlock
+""".split()
+
+
+def is_query():
+    """Whether the command line asks for something to be shown or cleaned, not built."""
+    return any(getattr(ARGUMENTS, option, None) for option in QUERIES)
+
+
 def scenarios_of(targets):
     """Scenarios named by targets, in that order."""
     parts = (os.path.normpath(target).split("/") for target in targets)
@@ -167,27 +180,28 @@ def link_source(path):
 
 
 def name_results():
-    """Correct the names under `results/`, at the start and at the end of a run.
+    """Correct the names under `results/` of the requested scenarios, at the start and at the end of a run.
 
     Names that lead elsewhere than the plan says are corrected once their artefact exists: Snakemake would keep
     some of them. What a requested result was built from gets its name too, because people look for it.
     """
-    if not workflow.is_main_process or ARGUMENTS.dryrun:
+    if not workflow.is_main_process or is_query():
         return
-    requested = (
-        os.path.normpath(target).split("/", 2) for target in ARGUMENTS.targets or []
-    )
+    targets = ARGUMENTS.targets or ["all"]
+    requested = {os.path.normpath(target) for target in targets if target != "all"}
+    requested.update(DEFAULT_RESULTS if "all" in targets else [])
+    scenarios = set(scenarios_of(requested))
     companions = {
-        f"results/{parts[1]}/{name}"
-        for parts in requested
-        if len(parts) == 3
-        for name in layout.COMPANIONS.get(parts[2], ())
+        os.path.join(*result.split("/", 2)[:2], name)
+        for result in requested
+        for name in layout.COMPANIONS.get(result.split("/", 2)[-1], ())
     }
     for result, path in PLAN.results.items():
         link, target = Path(result), relative(result, path)
         is_wrong = link.is_symlink() and os.readlink(link) != target
         is_lacking = result in companions and not link.is_symlink()
-        if (is_wrong or is_lacking) and Path(path).exists():
+        is_meant = link.parts[1] in scenarios and (is_wrong or is_lacking)
+        if is_meant and Path(path).exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(target)

@@ -222,10 +222,16 @@ def test_an_actor_comes_with_the_names_of_what_it_was_built_from(smoke):
     shutil.rmtree(results / "smoke/sft")
     (results / "smoke/reward/model").unlink()
     (results / "smoke/reward/model").symlink_to("../../../store")
-    smoke.snakemake("-n", ACTOR)
+    for query in ("-n", "--summary", "--unlock"):
+        smoke.snakemake(query, ACTOR)
     assert not (results / "smoke/sft").exists()
-    smoke.snakemake(ACTOR)
+    other = results / "other/reward/model"
+    other.parent.mkdir(parents=True)
+    other.symlink_to("../../../store")
+    smoke.snakemake(ACTOR, config="scenarios: {other: {base: smoke}}")
     assert [smoke.artefact(name) for name in names] == before
+    assert other.readlink() == Path("../../../store")  # nobody asked for this scenario
+    shutil.rmtree(results / "other")
 
 
 def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
@@ -277,16 +283,19 @@ def test_the_store_lists_artefacts_and_says_why_one_is_rebuilt(smoke):
 
 def test_verify_names_every_damage_with_code_2(smoke):
     command = [sys.executable, str(smoke.project / "scripts/store.py"), "--pvc", str(smoke.volume), "verify"]
-    half, cut = smoke.volume / "store/sft/half-000000000000", smoke.volume / "store/sft/cut-000000000000"
+    half, damaged = (
+        smoke.volume / "store/sft/half-000000000000",
+        smoke.volume / "store/sft/damaged-000000000000",
+    )
     half.mkdir()
-    shutil.copytree(smoke.artefact("smoke/sft/actor"), cut)
-    (cut / "provenance.json").write_text("")
+    shutil.copytree(smoke.artefact("smoke/sft/actor"), damaged)
+    (damaged / "provenance.json").write_text("")
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     shutil.rmtree(half)
-    shutil.rmtree(cut)
+    shutil.rmtree(damaged)
     assert (run.returncode, "Traceback" in run.stderr) == (2, False)
     assert f"{half.name} has no provenance.json" in run.stderr
-    assert f"{cut.name}/provenance.json is damaged" in run.stderr
+    assert f"{damaged.name}/provenance.json is damaged" in run.stderr
 
 
 def test_gc_lists_what_no_result_needs_and_removes_it_with_yes_only(smoke):
