@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 BLOCK = 1 << 16
 LFS = (".bin", ".safetensors", ".parquet", ".arrow", ".data")
-API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
+API = re.compile(r"/api/(?P<sources>models|datasets)/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
 FILE = re.compile(r"(/cdn)?/(?P<set>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
@@ -70,22 +70,22 @@ class HubServer(Local):
         self.commits: dict[tuple[str, str, str], dict[str, bytes]] = {}
         super().__init__(_Handler, tls)
 
-    def files(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def files(self, sources: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return (commit, file -> content) of a revision."""
-        folder = self.root / kind / name
+        folder = self.root / sources / name
         if revision == "refs/convert/parquet":  # a branch of its own, which is beside the repository
-            found = self.files(kind, f"{name}.convert", "main")
+            found = self.files(sources, f"{name}.convert", "main")
             if found is not None:
-                self.commits[kind, name, found[0]] = found[1]
+                self.commits[sources, name, found[0]] = found[1]
             return found
-        if (kept := self.commits.get((kind, name, revision))) is not None:
+        if (kept := self.commits.get((sources, name, revision))) is not None:
             return revision, kept
         if not folder.is_dir():
             return None
         now = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         listing = sorted((n, git_hash(c)) for n, c in now.items())
         commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
-        self.commits[kind, name, commit] = now
+        self.commits[sources, name, commit] = now
         return (commit, now) if revision in ("main", commit) else None
 
 
@@ -105,10 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.owner.requests.append(f"{self.command} {path}")
         try:
             if found := API.fullmatch(path):
-                self._api(found["kind"], found["id"], found["revision"] or "main")
+                self._api(found["sources"], found["id"], found["revision"] or "main")
             elif found := FILE.fullmatch(path):
-                kind = "datasets" if found["set"] else "models"
-                self._file(kind, found["id"], found["revision"], found["file"], cdn=bool(found[1]))
+                sources = "datasets" if found["set"] else "models"
+                self._file(sources, found["id"], found["revision"], found["file"], cdn=bool(found[1]))
             else:
                 self._error(404, "EntryNotFound")
         except (BrokenPipeError, ConnectionResetError):
@@ -140,15 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401, "RepoNotFound")
         return True
 
-    def _api(self, kind: str, name: str, revision: str) -> None:
+    def _api(self, sources: str, name: str, revision: str) -> None:
         fault = self.owner.metadata_faults.popleft() if self.owner.metadata_faults else ""
         if fault[:3].isdigit():
             return self._busy(fault)
         if not self.owner.open_lists and self._refused(name):
             return None
-        if not (self.owner.root / kind / name).is_dir():
+        if not (self.owner.root / sources / name).is_dir():
             return self._error(401, "RepoNotFound")
-        if (found := self.owner.files(kind, name, revision)) is None:
+        if (found := self.owner.files(sources, name, revision)) is None:
             return self._error(404, "RevisionNotFound")
         commit, files = found
         if fault == "html":
@@ -173,10 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
             sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
         return sibling
 
-    def _file(self, kind: str, name: str, revision: str, file: str, *, cdn: bool) -> None:
+    def _file(self, sources: str, name: str, revision: str, file: str, *, cdn: bool) -> None:
         if self._refused(name) and not cdn:
             return None
-        found = self.owner.files(kind, name, revision)
+        found = self.owner.files(sources, name, revision)
         if found is None or file not in found[1]:
             return self._error(404, "EntryNotFound")
         fault = self.owner.faults.popleft() if self.owner.faults and not cdn else ""

@@ -79,8 +79,9 @@ class Cluster:
 
     def path(self, kind: str, name: str = "") -> str:
         """Return the path of an object, or of all objects of a kind in the namespace."""
-        group, plural = RESOURCES[kind]
-        return "/".join(filter(None, (f"/{group}/namespaces/{self.namespace}", plural, name)))
+        version, plural = RESOURCES[kind]
+        root = "apis" if "/" in version else "api"  # the core group has no name
+        return "/".join(filter(None, (f"/{root}/{version}/namespaces/{self.namespace}", plural, name)))
 
     # -- one request ------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from .objects import (
     LABEL_GANG,
     MAIN,
     MANAGED_BY,
+    RESOURCES,
     TRAINJOB_MAIN,
     Json,
 )
@@ -46,7 +47,7 @@ def kind_of(spec: GangSpec) -> str:
 
 
 def _indexed_job(spec: GangSpec) -> list[Json]:
-    body = _object("batch/v1", "Job", spec)
+    body = _object("Job", spec)
     _queue_labels(body, spec.queue)
     pod = _pod(spec, f"{spec.name}-0.{spec.name}")
     if spec.nodes > 1:
@@ -68,7 +69,7 @@ def _job_spec(spec: GangSpec, pod: Json) -> Json:
 
 
 def _service(spec: GangSpec) -> Json:
-    body = _object("v1", "Service", spec)
+    body = _object("Service", spec)
     body["spec"] = {
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
@@ -79,7 +80,7 @@ def _service(spec: GangSpec) -> Json:
 
 
 def _jobset(spec: GangSpec) -> list[Json]:
-    body = _object("jobset.x-k8s.io/v1alpha2", "JobSet", spec)
+    body = _object("JobSet", spec)
     _queue_labels(body, spec.queue)
     body["spec"] = {**_jobset_template(spec, ROLE), "ttlSecondsAfterFinished": KEEP_S}
     return [body]
@@ -98,22 +99,23 @@ def _jobset_template(spec: GangSpec, role: str) -> Json:
 def _trainjob(spec: GangSpec) -> list[Json]:
     """A TrainJob and its own runtime: what a TrainJob may override differs between versions."""
     role = TRAINJOB_MAIN  # Trainer requires this name for the replicated job, too
-    runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", spec)
+    runtime = _object("TrainingRuntime", spec)
     runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
     shape = _jobset_template(spec, role)
     job = shape["replicatedJobs"][0]["template"]
     job["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] = "trainer"
     _rename_main(job["spec"]["template"], role)
     runtime["spec"] = {"mlPolicy": {"numNodes": spec.nodes}, "template": {"spec": shape}}
-    body = _object("trainer.kubeflow.org/v1alpha1", "TrainJob", spec)
+    body = _object("TrainJob", spec)
     _queue_labels(body, spec.queue)
-    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": spec.name}
+    group, _, _ = runtime["apiVersion"].partition("/")
+    reference = {"apiGroup": group, "kind": runtime["kind"], "name": spec.name}
     body["spec"] = {"runtimeRef": reference, "trainer": {"numNodes": spec.nodes}}
     return [runtime, body]
 
 
 def _deepspeedjob(spec: GangSpec) -> list[Json]:
-    body = _object("batch.tensorstack.dev/v1beta1", "DeepSpeedJob", spec)
+    body = _object("DeepSpeedJob", spec)
     pod = _pod(spec, None)
     _as_root(pod)
     _rename_main(pod, DEEPSPEEDJOB_MAIN)
@@ -164,9 +166,10 @@ def _rename_main(pod: Json, name: str) -> None:
             container["name"] = name
 
 
-def _object(api_version: str, kind: str, spec: GangSpec) -> Json:
+def _object(kind: str, spec: GangSpec) -> Json:
+    version, _ = RESOURCES[kind]
     metadata = {"name": spec.name, "labels": _labels(spec), "annotations": dict(spec.annotations)}
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata}
 
 
 def _labels(spec: GangSpec) -> Json:

@@ -6,17 +6,17 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# API group and plural name, by kind.
+# API version and plural name, by kind.
 RESOURCES = {
-    "Pod": ("api/v1", "pods"),
-    "Service": ("api/v1", "services"),
-    "Event": ("api/v1", "events"),
-    "Job": ("apis/batch/v1", "jobs"),
-    "JobSet": ("apis/jobset.x-k8s.io/v1alpha2", "jobsets"),
-    "TrainJob": ("apis/trainer.kubeflow.org/v1alpha1", "trainjobs"),
-    "TrainingRuntime": ("apis/trainer.kubeflow.org/v1alpha1", "trainingruntimes"),
-    "DeepSpeedJob": ("apis/batch.tensorstack.dev/v1beta1", "deepspeedjobs"),
-    "Workload": ("apis/kueue.x-k8s.io/v1beta1", "workloads"),
+    "Pod": ("v1", "pods"),
+    "Service": ("v1", "services"),
+    "Event": ("v1", "events"),
+    "Job": ("batch/v1", "jobs"),
+    "JobSet": ("jobset.x-k8s.io/v1alpha2", "jobsets"),
+    "TrainJob": ("trainer.kubeflow.org/v1alpha1", "trainjobs"),
+    "TrainingRuntime": ("trainer.kubeflow.org/v1alpha1", "trainingruntimes"),
+    "DeepSpeedJob": ("batch.tensorstack.dev/v1beta1", "deepspeedjobs"),
+    "Workload": ("kueue.x-k8s.io/v1beta1", "workloads"),
 }
 # The kind of a gang's object, by backend.
 KINDS = {"job": "Job", "deepspeedjob": "DeepSpeedJob", "trainjob": "TrainJob", "jobset": "JobSet"}

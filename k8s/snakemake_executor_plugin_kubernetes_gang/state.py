@@ -46,7 +46,7 @@ def write_pod_files(spec: GangSpec) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that pods never see part of it."""
+    """Write a file so that pods never see part of it, also after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     with new.open("w") as file:
@@ -54,3 +54,8 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

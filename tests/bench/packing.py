@@ -82,6 +82,39 @@ def now() -> float:
 
 
 def main() -> None:
+    args = arguments()
+    run = trainings.settings(
+        "sft",
+        {
+            "train_batch_size": args.batch,
+            "run": {"micro_batch_size": args.micro, "threads": args.threads},
+        },
+    ).run
+    engine.start(run, args.dtype)
+    torch.manual_seed(0)
+    model = new_model(args)
+    batch = BatchPlan(args.batch, args.micro, 1, args.batch // args.micro)
+    trained = engine.initialize(model, engine.Recipe(OPTIMIZER, None, batch, 1000, args.dtype, run))
+    data = rows(args.batch * WINDOW, args.vocabulary)
+    tokens = np.array([sum(map(len, row)) for row in data])
+    print(
+        f"{parallel.device()}, {args.dtype}, OPT {args.layers} x {args.hidden}, {args.batch} rows a step in"
+        f" micro-batches of {args.micro}, {tokens.mean():.0f} tokens a row on average"
+    )
+    as_they_come, by_length = batches(data, tokens, args.batch, args.steps)
+    ways = {
+        "padded": (as_they_come, None),
+        "padded, as trained": (by_length, None),
+        "packed, mask": (as_they_come, MAX_TOKENS),
+    }
+    found = speeds(trained, ways, args.micro)
+    packing.choose_attention(model, args.dtype)
+    if packing.uses_kernel(model):
+        found |= speeds(trained, {"packed, kernels": (as_they_come, MAX_TOKENS)}, args.micro)
+    report(found)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, value in (
         ("hidden", 256),
@@ -94,50 +127,35 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="fp32")
-    args = parser.parse_args()
-    changes = {
-        "train_batch_size": args.batch,
-        "run": {"micro_batch_size": args.micro, "threads": args.threads},
-    }
-    run = trainings.settings("sft", changes).run
-    engine.start(run, args.dtype)
-    torch.manual_seed(0)
+    return parser.parse_args()
+
+
+def new_model(args: argparse.Namespace) -> OPTForCausalLM:
+    """Return an OPT with random weights."""
+    config = OPTConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        word_embed_proj_dim=args.hidden,
+        ffn_dim=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        max_position_embeddings=MAX_TOKENS,
+        dropout=0.0,
+    )
     with parallel.device():  # where weights are drawn quickly
-        model = OPTForCausalLM(
-            OPTConfig(
-                vocab_size=args.vocabulary,
-                hidden_size=args.hidden,
-                word_embed_proj_dim=args.hidden,
-                ffn_dim=4 * args.hidden,
-                num_hidden_layers=args.layers,
-                num_attention_heads=args.hidden // 64,
-                max_position_embeddings=MAX_TOKENS,
-                dropout=0.0,
-            )
-        ).to(engine.DTYPES[args.dtype])
-    batch = BatchPlan(args.batch, args.micro, 1, args.batch // args.micro)
-    trained = engine.initialize(model, engine.Recipe(OPTIMIZER, None, batch, 1000, args.dtype, run))
-    data = rows(args.batch * WINDOW, args.vocabulary)
-    tokens, steps = np.array([sum(map(len, row)) for row in data]), range(args.steps)
-    chosen = [order.stream(len(data), 1, step * args.batch, args.batch) for step in steps]
-    grouped = [order.batch(tokens, args.batch, step, len(steps), 1, WINDOW) for step in steps]
+        return OPTForCausalLM(config).to(engine.DTYPES[args.dtype])
+
+
+def batches(data: list, tokens: np.ndarray, size: int, steps: int) -> tuple[list, list]:
+    """Return the batches of every step: rows as they come, and rows of similar length as in a training."""
+    chosen = [order.stream(len(data), 1, step * size, size) for step in range(steps)]
+    grouped = [order.batch(tokens, size, step, steps, 1, WINDOW) for step in range(steps)]
     as_they_come, by_length = ([[data[i] for i in rows] for rows in way] for way in (chosen, grouped))
-    found = speeds(
-        trained,
-        {
-            "padded": (as_they_come, None),
-            "padded, as trained": (by_length, None),
-            "packed, mask": (as_they_come, MAX_TOKENS),
-        },
-        args.micro,
-    )
-    packing.choose_attention(model, args.dtype)
-    if packing.uses_kernel(model):
-        found |= speeds(trained, {"packed, kernels": (as_they_come, MAX_TOKENS)}, args.micro)
-    print(
-        f"{parallel.device()}, {args.dtype}, OPT {args.layers} x {args.hidden}, {args.batch} rows a step in"
-        f" micro-batches of {args.micro}, {tokens.mean():.0f} tokens a row on average"
-    )
+    return as_they_come, by_length
+
+
+def report(found: dict[str, float]) -> None:
+    """Print the speeds, and exit with an error if packing does not pay."""
     for name, speed in found.items():
         print(f"{name:<20} {speed:9,.0f} useful tokens/s   {speed / found['padded']:.2f}")
     *_, packed = found.values()  # as `packing.choose_attention` has it

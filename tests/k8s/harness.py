@@ -1,8 +1,8 @@
 """A real cluster for tests, and Snakemake on it as uid 1000 with the rights of k8s/base and no more.
 
-The test cluster is started from K8S_TEST_CLUSTER or ../shared/cluster; with K8S_CLUSTER_MAY_BE_USED=1 it is
-the one that KUBECONFIG names, and its claim K8S_VOLUME (claim:/path) is at that path here too. There need be
-no registry: pods get this machine's Python by hostPath mounts, unless K8S_IMAGE names an image that has it.
+The script `cluster` in the folder K8S_TEST_CLUSTER starts one. With K8S_CLUSTER_MAY_BE_USED=1 it is the one that
+KUBECONFIG names, and its claim K8S_VOLUME (claim:/path) is at that path here too. There need be no registry: pods
+get this machine's Python by hostPath mounts, unless K8S_IMAGE names an image that has it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,24 @@ OWNER = os.getuid() or 1000
 PACKAGES = ("containerd", "runc", "iptables", "ip", "openssl", "curl", "xz", "setpriv")
 
 
-def scripts() -> Path:
-    return Path(os.environ.get("K8S_TEST_CLUSTER") or REPO.parent / "shared" / "cluster").resolve()
+def script() -> Path:
+    """Return the program that starts and stops the test cluster."""
+    return Path(os.environ["K8S_TEST_CLUSTER"], "cluster").resolve()
 
 
 def why_not() -> str:
     """Return why there is no cluster to be had here; empty if there is."""
     if not OURS:
         return why_not_theirs()
-    if not (scripts() / "cluster").exists():
-        return f"no test cluster at {scripts()} (K8S_TEST_CLUSTER)"
+    if not os.environ.get("K8S_TEST_CLUSTER"):
+        return (
+            "no cluster: set K8S_TEST_CLUSTER to the folder of a script `cluster` that starts one, or"
+            " K8S_CLUSTER_MAY_BE_USED=1 and KUBECONFIG for an existing one (docs/kubernetes.md)"
+        )
+    if not script().is_file():
+        return (
+            f"no script {script()}: set K8S_TEST_CLUSTER to the folder of a script `cluster` that starts one"
+        )
     if os.getuid() != 0:
         return "the test cluster needs root"
     missing = [name for name in PACKAGES if not shutil.which(name)]
@@ -82,7 +90,7 @@ def cluster(*arguments: str, check: bool = True) -> str:
         "CLUSTER_DIR": str(directory()),
     }
     run = subprocess.run(
-        [str(scripts() / "cluster"), *arguments],
+        [str(script()), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,

@@ -73,73 +73,10 @@ def said():
     gpus = [node["status"]["capacity"].get("nvidia.com/gpu") for node in harness.get("nodes")]
     if gpus != ["8", "8"]:
         pytest.skip(f"preemption and half a gang want two nodes with 8 GPUs each; here they have {gpus}")
-    harness.kubectl(
-        "apply",
-        "-f",
-        "-",
-        given={
-            "apiVersion": "node.k8s.io/v1",
-            "kind": "RuntimeClass",
-            "metadata": {"name": "missing"},
-            "handler": "missing",
-        },
-    )
-    for name, value in (("counted", 1), ("urgent", 1000)):
-        harness.kubectl(
-            "apply",
-            "-f",
-            "-",
-            given={
-                "apiVersion": "scheduling.k8s.io/v1",
-                "kind": "PriorityClass",
-                "metadata": {"name": name},
-                "value": value,
-            },
-        )
-    scope = {"matchExpressions": [{"scopeName": "PriorityClass", "operator": "In", "values": ["counted"]}]}
-    harness.kubectl(
-        "apply",
-        "-n",
-        harness.NAMESPACE,
-        "-f",
-        "-",
-        given={
-            "apiVersion": "v1",
-            "kind": "ResourceQuota",
-            "metadata": {"name": "none"},
-            "spec": {"hard": {"pods": "0"}, "scopeSelector": scope},
-        },
-    )
-    limited = {"resources": {"limits": {"ephemeral-storage": "20M"}}}
-    many = harness.Workdir("failures", snakefile(FAILING), **limited)
-    one = 'rule one:\n    output: "one.txt"\n    shell: "sleep 100"\n'
-    places = {
-        "many": many,
-        "secret": harness.Workdir(
-            "no-secret",
-            one,
-            env=[{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}],
-        ),
-        "mount": harness.Workdir("no-mount", one),
-        "sandbox": harness.Workdir("no-sandbox", one),
-        "volume": harness.Workdir("other-volume", one),
-        "account": harness.Workdir("no-account", one),
-        "quota": harness.Workdir("quota", one),
-        "claim": harness.Workdir("no-claim", one),
-        "preempted": harness.Workdir(
-            "preempted", one.replace("    shell", "    resources: gpus=8\n    shell")
-        ),
-        "urgent": harness.Workdir(
-            "urgent",
-            one.replace("    shell", "    resources: gpus=8, runtime=1\n    shell").replace("100", "1"),
-        ),
-    }
-    _edit(places["mount"], volumes=[{"name": "x", "configMap": {"name": "absent"}}])
-    absent = {"name": "x", "persistentVolumeClaim": {"claimName": "absent"}}
-    _edit(places["claim"], volumes=[absent])
-    _edit(places["sandbox"], runtimeClassName="missing")
-    _edit(places["account"], serviceAccountName="absent")
-    _edit(places["quota"], priorityClassName="counted")
+    for given in CLUSTER_OBJECTS:
+        harness.kubectl("apply", "-n", harness.NAMESPACE, "-f", "-", given=given)
+    places = _workflows()
+    many = places["many"]
     processes = {name: place.start(*_options(name)) for name, place in places.items() if name != "urgent"}
     try:
         _act(many, places)
@@ -161,6 +98,65 @@ def said():
         harness.kubectl(
             "delete", "jobs,services", "-n", harness.NAMESPACE, "-l", f"kubernetes-gang/place={place.place()}"
         )
+
+
+# A runtime class that no node has, two priorities, and a quota that admits no pod of the first.
+CLUSTER_OBJECTS = (
+    {
+        "apiVersion": "node.k8s.io/v1",
+        "kind": "RuntimeClass",
+        "metadata": {"name": "missing"},
+        "handler": "missing",
+    },
+    *(
+        {
+            "apiVersion": "scheduling.k8s.io/v1",
+            "kind": "PriorityClass",
+            "metadata": {"name": name},
+            "value": value,
+        }
+        for name, value in (("counted", 1), ("urgent", 1000))
+    ),
+    {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none"},
+        "spec": {
+            "hard": {"pods": "0"},
+            "scopeSelector": {
+                "matchExpressions": [{"scopeName": "PriorityClass", "operator": "In", "values": ["counted"]}]
+            },
+        },
+    },
+)
+
+
+def _workflows() -> dict[str, harness.Workdir]:
+    """Return the working directories: `many` with all that fails in the pods, one for each other mistake."""
+    one = 'rule one:\n    output: "one.txt"\n    shell: "sleep 100"\n'
+    gpus = one.replace("    shell", "    resources: gpus=8\n    shell")
+    minute = one.replace("    shell", "    resources: gpus=8, runtime=1\n    shell").replace("100", "1")
+    limited = {"resources": {"limits": {"ephemeral-storage": "20M"}}}
+    secret = {"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}
+    places = {
+        "many": harness.Workdir("failures", snakefile(FAILING), **limited),
+        "secret": harness.Workdir("no-secret", one, env=[secret]),
+        "mount": harness.Workdir("no-mount", one),
+        "sandbox": harness.Workdir("no-sandbox", one),
+        "volume": harness.Workdir("other-volume", one),
+        "account": harness.Workdir("no-account", one),
+        "quota": harness.Workdir("quota", one),
+        "claim": harness.Workdir("no-claim", one),
+        "preempted": harness.Workdir("preempted", gpus),
+        "urgent": harness.Workdir("urgent", minute),
+    }
+    _edit(places["mount"], volumes=[{"name": "x", "configMap": {"name": "absent"}}])
+    absent = {"name": "x", "persistentVolumeClaim": {"claimName": "absent"}}
+    _edit(places["claim"], volumes=[absent])
+    _edit(places["sandbox"], runtimeClassName="missing")
+    _edit(places["account"], serviceAccountName="absent")
+    _edit(places["quota"], priorityClassName="counted")
+    return places
 
 
 def _edit(place, **spec) -> None:

@@ -100,7 +100,7 @@ def compact_etcd() -> None:
 
 
 def etcd(path: str, **body) -> dict:
-    port = 3379  # of ../shared/cluster
+    port = 3379  # of the cluster in K8S_TEST_CLUSTER
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v3/{path}", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)

@@ -119,7 +119,7 @@ def test_probabilities_add_up_to_one(actor, sequences):
 
 
 def gradients(model, task, rows, parts):
-    """Return the gradients of a batch that is cut into micro-batches."""
+    """Return the gradients of a batch that is divided into micro-batches."""
     model = copy.deepcopy(model)
     terms = task.terms(rows)
     for part in np.array_split(np.arange(len(rows)), parts):
@@ -134,10 +134,10 @@ def test_any_number_of_micro_batches_gives_one_gradient(actor, scorer, sequences
     columns = [sequences(*draw.integers(2, 15, 8), seed=s) for s in range(3)]
     rows = [list(row) for row in zip(*columns[: 2 if stage == "sft" else 3], strict=True)]
     model, task = (actor, sft.task(PAD)) if stage == "sft" else (scorer, reward.task(PAD))
-    whole, cut = gradients(model, task, rows, 1), gradients(model, task, rows, parts)
-    assert whole.keys() == cut.keys()
+    whole, divided = gradients(model, task, rows, 1), gradients(model, task, rows, parts)
+    assert whole.keys() == divided.keys()
     for name, gradient in whole.items():
-        close(cut[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        close(divided[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_prompt_is_not_learned(actor, sequences):

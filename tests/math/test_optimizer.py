@@ -66,7 +66,7 @@ def test_a_constant_rate_stays_at_the_peak_and_without_warmup_begins_there():
 PLAIN = {"learning_rate": 1.0e6, "eps": 1.0e6, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0}
 STILL = {**PLAIN, "learning_rate": 0.5, "eps": 1.0e12, "weight_decay": 0.1, "max_grad_norm": 1.0}
 LINE = {"schedule": "linear", "warmup_steps": 2, "final_ratio": 0.5, "learning_rate": 1.0e-3}
-CUT = 0.01  # a gradient's norm, far below that of a random model
+CLIP = 0.01  # a gradient's norm, far below that of a random model
 
 
 def case(name, optimizer, steps=1, zero=0):
@@ -92,7 +92,7 @@ def results(actor_path, tmp_path_factory):
     cases = [case("decay", STILL), case("line", LINE, steps=6), case("short", {"warmup_steps": 7}, steps=6)]
     for zero in (0, 2, 3):
         cases.append(case(f"whole-{zero}", {**PLAIN, "max_grad_norm": 1.0e6}, zero=zero))
-        cases.append(case(f"cut-{zero}", {**PLAIN, "max_grad_norm": CUT}, zero=zero))
+        cases.append(case(f"clipped-{zero}", {**PLAIN, "max_grad_norm": CLIP}, zero=zero))
     sources = {"actor": actor_path, "scorer": actor_path, "data": root / "data"}
     out = trainings.launch(root, 1, sources, cases)
     return {c["name"]: out / c["name"] for c in cases}
@@ -112,12 +112,12 @@ def metrics_of(path):
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_gradient_is_clipped_to_its_norm_and_keeps_its_direction(results, actor, zero):
     """The norm before clipping is reported; a gradient below the limit is not changed."""
-    whole, cut = (moved(results[f"{name}-{zero}"], actor) for name in ("whole", "cut"))
-    (metrics,) = metrics_of(results[f"cut-{zero}"])
-    assert metrics["grad_norm"] > 10 * CUT
+    whole, clipped = (moved(results[f"{name}-{zero}"], actor) for name in ("whole", "clipped"))
+    (metrics,) = metrics_of(results[f"clipped-{zero}"])
+    assert metrics["grad_norm"] > 10 * CLIP
     assert whole.norm() == pytest.approx(metrics["grad_norm"], rel=1e-3)
-    assert cut.norm() == pytest.approx(CUT, rel=1e-2)
-    assert torch.nn.functional.cosine_similarity(whole, cut, dim=0) > 0.999
+    assert clipped.norm() == pytest.approx(CLIP, rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(whole, clipped, dim=0) > 0.999
 
 
 def test_matrices_decay_without_a_gradient_and_vectors_do_not(results, actor):

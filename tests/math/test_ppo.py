@@ -210,7 +210,7 @@ def test_every_epoch_passes_once_over_the_rollout_in_its_own_order(monkeypatch, 
     learner = ppo.Learner(None, None, config, trainings.SEED, None, None)
     rollout = SimpleNamespace(ended=torch.zeros(16))
     for iteration in range(2):
-        ppo._update(learner, rollout, None, iteration)
+        ppo._optimize(learner, rollout, None, iteration)
     numbers, chosen = zip(*steps, strict=True)
     assert numbers == tuple(range(2 * epochs * count))
     assert {len(rows) for rows in chosen} == {16 // count}

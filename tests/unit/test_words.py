@@ -15,7 +15,7 @@ PYTHON = sorted(
     path for folder in ("scripts", "k8s", "tests", "docs") for path in (ROOT / folder).rglob("*.py")
 )
 RULES = sorted([ROOT / "Snakefile", *(ROOT / "rules").glob("*.smk")])
-KUBERNETES = {"phase"}  # words of its API, which code that speaks with it uses
+KUBERNETES = {"phase", "kind"}  # words of its API, which code that speaks with it uses
 
 
 def retired():

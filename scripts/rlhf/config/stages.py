@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -12,7 +12,8 @@ from rlhf.config.section import Conflict, Float, Int, Section, multiples, not_on
 from rlhf.config.sources import Columns, Datasets, Model
 from rlhf.config.training import Dtype, Lora, Optimizer, RlhfRun, TrainingRun, fp16_without_gpus
 
-STAGES = ("sft", "reward", "rlhf")
+Stage = Literal["sft", "reward", "rlhf"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Shares(Section):
@@ -40,7 +41,7 @@ class DatasetRows(Section):
 class Preparation(Section):
     """How the tokenised rows of one stage are prepared."""
 
-    stage: Literal["sft", "reward", "rlhf"]
+    stage: Stage
     max_tokens: Int = Field(ge=1, description="longest prompt with one response; longer rows are dropped")
     shares: Shares
     eval_share: Float

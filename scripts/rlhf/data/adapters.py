@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.sources import Columns
+from rlhf.config.stages import Stage
 
 Turns = tuple[str, ...]  # user and assistant alternate; the first and the last turn are the user's
 
@@ -57,7 +58,7 @@ class Preference(Prompt):
         return (self.chosen, self.rejected)
 
 
-def adapt(row: Mapping[str, Any], columns: Columns, stage: str) -> Prompt:
+def adapt(row: Mapping[str, Any], columns: Columns, stage: Stage) -> Prompt:
     """Return a stage's form of a row: a `Prompt` (rlhf), `Response` (sft) or `Preference` (reward).
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.config.sources import Columns
-from rlhf.config.stages import Preparation
+from rlhf.config.stages import Preparation, Stage
 from rlhf.data import readers
 from rlhf.data.adapters import Prompt, Unusable, adapt, has_turns
 from rlhf.data.rows import PARTS, Rows, RowWriter
@@ -159,7 +159,7 @@ def _summary(name: str, counts: Counter[str]) -> str:
     return "; ".join(clauses)
 
 
-def _no_rows(split: str, stage: str, counters: dict[str, Counter[str]]) -> str:
+def _no_rows(split: str, stage: Stage, counters: dict[str, Counter[str]]) -> str:
     """Say that a split has no row, how all rows were used, and what helps against the main cause."""
     total = sum(counters.values(), Counter[str]())
     reasons = _reasons(total)

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.config.stages import Stage
+
 Ids = NDArray[np.int32]  # token ids of one sequence
 
-# Stage -> the parts of its rows.
-PARTS = {
+# The parts of a stage's rows.
+PARTS: dict[Stage, tuple[str, ...]] = {
     "rlhf": ("prompt",),
     "sft": ("prompt", "response"),
     "reward": ("prompt", "chosen", "rejected"),

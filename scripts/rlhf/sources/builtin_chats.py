@@ -20,6 +20,7 @@ from rlhf import files, jsonl
 from rlhf.data.sentiment import vader
 from rlhf.errors import UserError
 from rlhf.progress import progress
+from rlhf.store.layout import CARD, FILES
 
 MAX_WORDS = 24  # of a turn; longer ones are left out, because small models have few positions
 BLOCK = 8  # consecutive chats of a group: their responses are paired, and stay in one stage
@@ -96,9 +97,9 @@ def write_dataset(config: dict[str, Any], path: Path) -> None:
         )
     counts: Counter[str] = Counter()
     rows = progress(DATASETS[config["dataset"]](counts), config["dataset"], unit="rows")
-    (path / "files").mkdir()
-    jsonl.write(path / "files/train.jsonl", (_counted(row, counts) for row in rows))
-    files.write_json(path / "card.json", dict(sorted(counts.items())))
+    (path / FILES).mkdir()
+    jsonl.write(path / FILES / "train.jsonl", (_counted(row, counts) for row in rows))
+    files.write_json(path / CARD, dict(sorted(counts.items())))
 
 
 def _counted(row: dict[str, str], counts: Counter[str]) -> dict[str, str]:

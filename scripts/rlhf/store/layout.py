@@ -1,4 +1,4 @@
-"""Names of the files inside an artefact, and names under `results/` that link to them."""
+"""Names of the files inside an artefact, names under `results/` that link to them, and roles of parents."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ CARD = "card.json"  # counts of a dataset or of tokenised rows
 FILES = "files"  # a dataset's files, unchanged
 TRAIN, EVAL = "train", "eval"  # splits of tokenised rows
 RESPONSES, SUMMARY, TABLE = "responses.jsonl", "summary.json", "table.txt"  # of a comparison
+
+# Roles of the parents of tokenised rows; a dataset's name follows `DATASET`.
+TOKENIZER, DATASET = "tokenizer", "dataset:"
 
 # Name below `results/{scenario}/` -> path inside its stage's artefact; `rlhf/eval` is an artefact itself.
 RESULTS = {

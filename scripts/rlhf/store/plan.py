@@ -18,7 +18,7 @@ from rlhf.config import catalog
 from rlhf.config.mistakes import listing
 from rlhf.config.scenario import Config, Scenario
 from rlhf.config.sources import Dataset, Model
-from rlhf.config.stages import STAGES, Preparation, Reward, Sft
+from rlhf.config.stages import STAGES, Preparation, Reward, Sft, Stage
 from rlhf.config.training import Run
 from rlhf.errors import ConfigError
 from rlhf.store import layout, naming
@@ -232,9 +232,10 @@ class _Builder:
         spec = self.spec(stage, config, {}, FETCH[stage])
         return self.record(Artefact(path, stage, spec, None, title, (self.name,), FETCH[stage]))
 
-    def data(self, stage: str, model: str, datasets: Iterable[Dataset], max_tokens: int) -> str:
+    def data(self, stage: Stage, model: str, datasets: Iterable[Dataset], max_tokens: int) -> str:
         """Add the tokenised rows of a stage."""
-        parents = {"tokenizer": model} | {f"dataset:{d.name}": self.dataset(d) for d in datasets}
+        parents = {layout.TOKENIZER: model}
+        parents |= {layout.DATASET + d.name: self.dataset(d) for d in datasets}
         rows = {d.name: d.model_dump(include={"split", "columns"}) for d in datasets}
         data = self.scenario.data.model_dump()
         config = Preparation.model_validate(
@@ -243,7 +244,7 @@ class _Builder:
         spec = self.spec("data", config.model_dump(mode="json"), parents)
         return self.add(spec, None, f"Tokenised rows of {', '.join(rows)} for stage {stage}")
 
-    def supervised(self, stage: str, config: Sft | Reward, model: str, tokenizer: str) -> str:
+    def supervised(self, stage: Stage, config: Sft | Reward, model: str, tokenizer: str) -> str:
         """Add the model of the SFT or reward stage, and its rows."""
         data = self.data(stage, tokenizer, config.datasets, config.max_tokens)
         what = {"sft": "Supervised fine-tuning of", "reward": "Reward model from"}[stage]

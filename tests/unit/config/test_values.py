@@ -249,7 +249,7 @@ SECTION = "should be a mapping with"
         ),
     ],
 )
-def test_a_value_of_another_kind_is_reported_with_what_to_write(change, said):
+def test_a_value_of_another_type_is_reported_with_what_to_write(change, said):
     assert said in the_mistake(a=change)
 
 

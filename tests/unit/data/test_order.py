@@ -19,7 +19,7 @@ def test_a_pass_sees_every_row_once(rows, seed, epoch):
 
 
 @given(sizes, seeds, st.integers(0, 99), st.integers(1, 60), st.integers(1, 60))
-def test_a_stream_is_the_same_however_it_is_cut(rows, seed, start, one, two):
+def test_a_stream_is_the_same_however_it_is_divided(rows, seed, start, one, two):
     parts = [order.stream(rows, seed, start, one), order.stream(rows, seed, start + one, two)]
     assert np.array_equal(np.concatenate(parts), order.stream(rows, seed, start, one + two))
 

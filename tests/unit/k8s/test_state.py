@@ -19,6 +19,17 @@ def test_a_directory_keeps_its_identity_when_a_volume_is_added(tmp_path):
     assert state.stored_identity(tmp_path / "other", more) == more
 
 
+def test_content_is_on_disk_before_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    """A power failure must not leave a name with an empty file, nor lose the record of a running gang."""
+    events = []
+    fsync, rename = state.os.fsync, state.os.rename
+    monkeypatch.setattr(state.os, "fsync", lambda number: (events.append("sync"), fsync(number)))
+    monkeypatch.setattr(state.os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    state.write_atomically(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    assert events == ["sync", "rename", "sync"]
+
+
 class Cluster:
     """A namespace with one object of each given kind."""
 

@@ -35,10 +35,10 @@ def write(name, stage, config, parents=()):
         pass
 
 
-def made(volume, stage, parents, kind="AutoModelForCausalLM", metrics=()):
+def made(volume, stage, parents, auto_class="AutoModelForCausalLM", metrics=()):
     """Return the front matter and the rest of a card."""
     spec = {"stage": stage, "config": {"seed": 1}, "parents": parents}
-    card.write(volume, "A model", spec, dict(metrics), kind)
+    card.write(volume, "A model", spec, dict(metrics), auto_class)
     _, front, text = (volume / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -76,9 +76,9 @@ def test_figures_say_what_they_are_and_counts_are_whole_numbers(volume):
     assert "`results/{scenario}/rlhf/eval`" in text
 
 
-@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "AutoModelForSequenceClassification"])
-def test_the_example_is_code_and_the_configuration_json(volume, kind):
-    _, text = made(volume, "rlhf", PPO, kind)
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForSequenceClassification"])
+def test_the_example_is_code_and_the_configuration_json(volume, auto_class):
+    _, text = made(volume, "rlhf", PPO, auto_class)
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
     assert json.loads(text.split("```json\n")[1].split("```")[0]) == {"seed": 1}
 

@@ -37,9 +37,9 @@ def test_an_empty_prompt_is_refused_before_anything_is_loaded(monkeypatch, capsy
 
 
 def test_the_actors_in_a_directory_are_named(monkeypatch, capsys, tmp_path):
-    for name, kind in (("actor", "OPTForCausalLM"), ("critic", "OPTForSequenceClassification")):
+    for name, architecture in (("actor", "OPTForCausalLM"), ("critic", "OPTForSequenceClassification")):
         (tmp_path / "store" / name).mkdir(parents=True)
-        (tmp_path / "store" / name / "config.json").write_text(f'{{"architectures": ["{kind}"]}}')
+        (tmp_path / "store" / name / "config.json").write_text(f'{{"architectures": ["{architecture}"]}}')
     (tmp_path / "results/tiny/rlhf").mkdir(parents=True)
     (tmp_path / "results/tiny/rlhf/actor").symlink_to(tmp_path / "store/actor")
     for where, actor in (("store", "store"), ("results/tiny", "results/tiny/rlhf")):

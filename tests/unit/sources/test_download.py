@@ -295,7 +295,7 @@ def test_a_damaged_lock_is_reported(tmp_path, monkeypatch, content):
         lock.commit_of(tmp_path / "models/a/b@main")
 
 
-def test_a_proxy_of_an_unknown_kind_is_reported(server):
+def test_a_proxy_with_an_unknown_scheme_is_reported(server):
     code = "from rlhf.sources import hub; hub.snapshot('dataset', 'a/b', 'main', None)"
     env = {"HF_ENDPOINT": server.endpoint, "HTTP_PROXY": "foo://proxy:3128", "PYTHONPATH": SCRIPTS}
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)

@@ -20,11 +20,11 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
 CHOICES = {"model": fetch_model.choose, "dataset": fetch_dataset.choose}
 
 
-def fetch(kind, source, tmp_path):
+def fetch(stage, source, tmp_path):
     """Fetch a file or directory of the volume."""
-    config = {kind: str(source), "fingerprint": naming.fingerprint(Path(source))}
+    config = {stage: str(source), "fingerprint": naming.fingerprint(Path(source))}
     work = Path(tempfile.mkdtemp(dir=tmp_path))  # held until this process ends
-    return fetching.fetch(Source.of(kind, config, tmp_path / "out", work), CHOICES[kind])
+    return fetching.fetch(Source.of(stage, config, tmp_path / "out", work), CHOICES[stage])
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "vocab.json"])

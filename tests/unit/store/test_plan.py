@@ -272,7 +272,7 @@ def test_every_value_of_ppo_but_run_is_in_a_name():
 
 
 @pytest.mark.parametrize(
-    ("section", "kind", "stage", "values"),
+    ("section", "model", "stage", "values"),
     [
         ("data", sections.Data, "data", {"shares": {"sft": 9}, "eval_share": 0.5}),
         (
@@ -283,8 +283,8 @@ def test_every_value_of_ppo_but_run_is_in_a_name():
         ),
     ],
 )
-def test_every_value_of_data_and_eval_is_in_a_name(section, kind, stage, values):
-    assert set(values) == set(kind.model_fields)
+def test_every_value_of_data_and_eval_is_in_a_name(section, model, stage, values):
+    assert set(values) == set(model.model_fields)
     for field, value in values.items():
         assert stage in changed({section: {field: value}}), field
 
