@@ -24,7 +24,7 @@ LINEAR = {
 # Families whose attention is a causal softmax of scaled scores and nothing else, unless a window is set.
 PLAIN_ATTENTION = frozenset({"opt", "gpt_neox", "llama", "mistral", "qwen2"})
 
-POSITION_OFFSET = 2  # of learned position embeddings: OPT's table begins with two rows that nothing uses
+POSITION_OFFSET = 2  # row of position 0 in OPT's table of learned embeddings: nothing uses the rows before it
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Layout:
     """Names of a family's weights, for the generation engine's copy of them."""
 
     layer: str  # prefix of a layer's weights
-    qkv: tuple[str, ...]  # queries, keys and values: three layers, or one that has them head by head
+    qkv: tuple[str, ...]  # queries, keys and values: three layers, or one with those of each head in turn
     out: str
     up: tuple[str, ...]  # of an MLP with a gate: the gate, then the up projection
     down: str
@@ -84,12 +84,12 @@ LAYOUTS = {
 # Names of a causal language model's head, if it is not tied to the embeddings.
 LANGUAGE_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
 
-# Attributes of configurations with a factor of the logits. No tested family has one.
+# Attributes of configurations that multiply the logits by a factor. No tested family has one.
 LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def capped(config: Any, logits: Any) -> Any:
-    """Return a head's logits (..., V) as the family's own forward returns them: Gemma2 caps them."""
+    """Return logits (..., V), of the same dtype, as the family's own forward does: Gemma2 caps them."""
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
 
@@ -124,12 +124,12 @@ def linear_layers(config: Any) -> tuple[str, ...]:
 
 
 def has_layout(config: Any) -> bool:
-    """Return whether the generation engine knows a model's weights and computes its attention."""
+    """Return whether the generation engine can compute a model: it knows its weights and its attention."""
     return config.model_type in LAYOUTS and attends_plainly(config)
 
 
 def attends_plainly(config: Any) -> bool:
-    """Return whether a model's attention is a causal softmax and nothing else."""
+    """Return whether a model's attention is a causal softmax of scaled scores and nothing else."""
     return config.model_type in PLAIN_ATTENTION and getattr(config, "sliding_window", None) is None
 
 
@@ -137,13 +137,15 @@ def refuse_uneven(config: Any, processes: int) -> None:
     """Refuse a model whose heads or channels cannot be divided evenly between `processes` processes.
 
     Raises:
-        UserError: with the numbers of processes that are possible.
+        UserError: they cannot, or the family has no layout; the text names the numbers or families that are
+            possible.
     """
     field = f"rlhf.run.inference_tp_size = {processes}: "
-    if config.model_type not in LAYOUTS:
+    if not has_layout(config):
+        window = getattr(config, "sliding_window", None)
         raise UserError(
-            f"{field}a {config.model_type} model cannot be divided between processes (supported families:"
-            f" {', '.join(LAYOUTS)}): choose 1"
+            f"{field}a {config.model_type} model{f' with a sliding window of {window} tokens' if window else ''}"
+            f" cannot be divided between processes (supported families: {', '.join(LAYOUTS)}): choose 1"
         )
     heads = config.num_attention_heads
     counts = {

@@ -21,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from rlhf import parallel
 from rlhf.config.batch import BatchPlan
 from rlhf.config.training import Lora, Optimizer, Run
-from rlhf.errors import DivergenceError, UserError
+from rlhf.errors import DataError, DivergenceError, UserError
 from rlhf.models.lora import is_adapter
 from rlhf.models.sharding import is_sharded
 from rlhf.training.ds_config import ds_config, frozen_config
@@ -42,11 +42,14 @@ class SingleForward(nn.Module):
         self.model = model
 
     def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `compute` returns for the bare model."""
+        """Return `compute(model, *arguments)`, whatever its type."""
         return compute(self.model, *arguments)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave out second names of frozen weights: DeepSpeed only leaves out the first."""
+        """Return the state, for DeepSpeed's checkpoints, without further names of tied frozen weights.
+
+        DeepSpeed leaves out frozen weights only by their first name.
+        """
         state, first = super().state_dict(*args, **kwargs), {n for n, _ in self.named_parameters()}
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if name not in first and not parameter.requires_grad:
@@ -60,7 +63,7 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def start(run: Run, dtype: str = "fp32") -> None:
-    """Join the other processes, and set the number of threads, which decides the last bits.
+    """Join the other processes, and set the number of threads, on which the last bits of sums depend.
 
     `launch.py` has set the ranks.
 
@@ -98,9 +101,16 @@ def _without_compiler() -> None:
 
 
 def stored_dtype(path: Path) -> str:
-    """Return our name for the dtype that a model was saved in."""
+    """Return our name for the dtype that a model was saved in.
+
+    Raises:
+        DataError: we compute in no such dtype.
+    """
     stored = AutoConfig.from_pretrained(path).dtype
-    return next(name for name, dtype in DTYPES.items() if dtype == stored)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if stored not in names:
+        raise DataError(f"{path} is saved in {stored}: convert it to one of {', '.join(DTYPES)}")
+    return names[stored]
 
 
 @contextmanager
@@ -165,7 +175,7 @@ def frozen(model: Any, dtype: str, *, offloads: bool = False) -> Any:
 
 
 def _parameter_groups(model: nn.Module, optimizer: Optimizer, lora: Lora | None) -> list[dict[str, Any]]:
-    """Adapters have their own learning rate; only matrices decay, neither biases nor norms."""
+    """Return the optimizer's groups: adapters have their own learning rate, and only matrices decay."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapters = [p for name, p in trained.items() if is_adapter(name)]
     others = [p for name, p in trained.items() if not is_adapter(name)]
@@ -192,7 +202,7 @@ def warmup_steps(optimizer: Optimizer, steps: int) -> int:
 
 
 def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Return the learning rate of a step over the peak: warm-up from 1/n, then the schedule."""
+    """Return the learning rate of a step, relative to the peak: linear warm-up, then the schedule."""
     warmup = warmup_steps(optimizer, steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -204,10 +214,10 @@ def lr_factor(optimizer: Optimizer, step: int, steps: int) -> float:
 
 
 def backward(engine: Any, loss: Tensor) -> None:
-    """Add the gradient of one micro-batch's loss, a scalar.
+    """Add the gradient of one micro-batch's loss, a float32 scalar.
 
-    A loss is its micro-batch's part of the mean over the whole batch. Parts add up, so that any number
-    of micro-batches and processes gives one gradient. DeepSpeed averages over processes; we undo that.
+    A loss is its micro-batch's part of the mean over the whole batch. The parts' gradients add up to the
+    batch's, for any number of micro-batches and processes. DeepSpeed averages over processes; we undo that.
 
     Raises:
         DivergenceError: the loss is not finite.
@@ -217,14 +227,14 @@ def backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss * engine.world_size * _loss_scale(engine), scale_wrt_gas=False)
     engine.micro_batches_done = getattr(engine, "micro_batches_done", 0) + 1
     if not engine.is_gradient_accumulation_boundary():
-        engine.step()  # counts the micro-batch
+        engine.step()  # not an optimizer step yet: DeepSpeed counts the micro-batch
 
 
 def step(engine: Any) -> float:
     """Do one optimizer step with the gradient of all micro-batches; return its norm before clipping.
 
     In fp16 DeepSpeed skips a step whose scaled gradient overflows, and lowers the scale; the norm is
-    0 then. No other batch is skipped.
+    0 then. No other step is skipped.
 
     Raises:
         DivergenceError: the gradient is not finite.
@@ -255,8 +265,8 @@ def _divergence(what: str, engine: Any) -> DivergenceError:
 def _loss_scale(engine: Any) -> float:
     """Return the factor that a loss needs, and by which the reported norm is too large.
 
-    In fp16 under ZeRO 0 the optimizer divides by its scale, but DeepSpeed's `backward` multiplies only
-    for ZeRO's own optimizers.
+    It differs from 1 only in fp16 under ZeRO 0: there the optimizer divides gradients by its scale, but
+    DeepSpeed's `backward` multiplies losses by it for ZeRO's own optimizers alone.
     """
     scaling = getattr(engine.optimizer, "loss_scale_config", None)
     return float(scaling.cur_scale) if scaling else 1.0
