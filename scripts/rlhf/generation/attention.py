@@ -1,8 +1,10 @@
-"""Attention of the generation engine, over a cache that every row fills from its beginning.
+"""Attention of the generation engine. A row of the cache holds one sequence, from place 0 on, without gaps.
 
-On a GPU a Triton kernel decodes; elsewhere, and for what it cannot do, torch's attention with a mask.
+`prefill` computes the attention of whole prompts, with torch. `decode` computes that of one new token per
+row: with a Triton kernel on CUDA if the kernel supports the head size, otherwise with torch and a mask.
 
-Letters: B rows, N new prompts, P tokens of a prompt, C places of the cache, D channels of a head.
+Letters: B rows of the cache, N new prompts, P tokens of the longest of them, C places (for a token each) of
+a row, D channels of a head.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 128, 256)  # that the kernel can do: powers of two, as Triton's ranges are
+HEAD_DIMS = (16, 32, 64, 128, 256)  # that the kernel supports: powers of two, as Triton's ranges are
 
 
 class Cache:
-    """Keys and values of all layers, allocated once: (layers, B, key-value heads, C, D) each."""
+    """Keys and values of all layers, allocated once.
+
+    Each is (layers, B, key-value heads, C, D), of the decoder's dtype.
+    """
 
     def __init__(self, decoder: Any, rows: int, places: int) -> None:
         shape = (len(decoder.layers), rows, decoder.kv_heads, places, decoder.head_dim)
@@ -26,7 +31,7 @@ class Cache:
 
 
 def has_kernel(device: torch.device, head_dim: int) -> bool:
-    """Return whether the Triton kernel decodes on a device; torch's CUDA builds come with Triton."""
+    """Return whether `decode` uses the Triton kernel; torch's CUDA builds come with Triton."""
     return device.type == "cuda" and head_dim in HEAD_DIMS
 
 
@@ -35,12 +40,14 @@ def prefill(
 ) -> Tensor:
     """Attend causally within new prompts, and write their keys and values to the cache.
 
+    Padding is on the right, where causality hides it. `decode` overwrites its keys, one place at a time.
+
     Args:
         rows: (N,) int64, the rows of the cache that the prompts get.
-        qkv: queries (N, P, heads, D), keys and values (N, P, key-value heads, D); padding is on the right.
+        qkv: queries (N, P, heads, D), keys and values (N, P, key-value heads, D), of the cache's dtype.
 
     Returns:
-        (N, P, heads, D).
+        (N, P, heads, D) of the same dtype.
     """
     q, k, v = (x.transpose(1, 2) for x in qkv)  # (N, heads, P, D)
     cache.keys[layer, rows, :, : k.shape[2]] = k
@@ -58,10 +65,10 @@ def decode(
 
     Args:
         lengths: (B,) int64, tokens before the new one.
-        qkv: queries (B, heads, D), keys and values (B, key-value heads, D).
+        qkv: queries (B, heads, D), keys and values (B, key-value heads, D), of the cache's dtype.
 
     Returns:
-        (B, heads, D).
+        (B, heads, D) of the same dtype.
     """
     keys, values = cache.keys[layer], cache.values[layer]  # (B, key-value heads, C, D)
     if has_kernel(keys.device, keys.shape[-1]):
@@ -75,12 +82,16 @@ def decode(
 def decode_by_mask(
     keys: Tensor, values: Tensor, lengths: Tensor, qkv: tuple[Tensor, Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Return (B, heads, D): the reference of the kernel, with one layer of the cache, (B, heads, C, D)."""
+    """Do in torch what `decode` does: the kernel's reference. Arguments and result are those of `decode`.
+
+    Args:
+        keys, values: (B, key-value heads, C, D), one layer of the cache, written in place.
+    """
     q, k, v = qkv
     rows = torch.arange(len(q), device=q.device)
     keys[rows, :, lengths], values[rows, :, lengths] = k, v
     width = keys.shape[2]
-    if q.device.type == "cpu":  # a look at the lengths costs nothing here, and most places are empty
+    if q.device.type == "cpu":  # here the host reads lengths at no cost, and skips empty places
         width = int(lengths.max()) + 1
     visible = torch.arange(width, device=q.device) <= lengths[:, None]  # (B, width)
     out = F.scaled_dot_product_attention(

@@ -13,7 +13,7 @@ from rlhf.models.sharding import is_sharded
 
 
 class Ema:
-    """The mean of a model's trained weights; under ZeRO-3 every process has the mean of its shards.
+    """The moving average of a model's trained weights. Under ZeRO-3 each process averages its own shards.
 
     `means` is parameter name -> float32 tensor, with the shape of what this process holds of the parameter.
     """
@@ -26,7 +26,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the mean after an optimizer step."""
+        """After an optimizer step, set each mean to decay * mean + (1 - decay) * weight."""
         for name, mean in self.means.items():
             mean.lerp_(_local(self._parameters[name]).float(), 1 - self.decay)
 
@@ -45,10 +45,10 @@ class Ema:
         for name, parameter in self._parameters.items():
             _local(parameter).copy_(values[name])
             if self.is_sharded:
-                parameter.partition()  # a gathered copy is outdated; it is gathered again for the next forward
+                parameter.partition()  # drops the outdated gathered copy; the next forward gathers again
 
 
 def _local(parameter: Any) -> Tensor:
-    """Return what this process holds of a parameter: its shard (S,), or all of one that is not sharded."""
+    """Return what this process holds of a parameter: its flat shard, or all of it if it is not sharded."""
     local: Tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
     return local

@@ -1,4 +1,4 @@
-"""Loading models: with all weights that the configuration names and no others, and without dropout."""
+"""Loading models: with exactly the weights that config.json describes, and without dropout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def load_scorer(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def new_scorer(path: Path, dtype: torch.dtype, pad_id: int, seed: int) -> PreTrainedModel:
-    """Return a reward model with a language model's weights and a new head: normal, sd 1/sqrt(H + 1).
+    """Return a reward model with a language model's weights and a new head (1, H).
+
+    The head is drawn from a normal distribution with sd 1 / sqrt(H + 1), a function of the seed alone.
 
     Raises:
         DataError: as `load_actor`.

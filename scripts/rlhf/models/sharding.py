@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlhf import parallel
 from rlhf.models import lora
 
-SHARD_BYTES = 2 * 10**9  # size of the files of a sharded model, each of which is gathered at a time
+SHARD_BYTES = 2 * 10**9  # the largest file of a sharded model; the weights of one file are gathered at a time
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -49,8 +49,8 @@ def gathered_parameters(parameters: Sequence[Tensor], *, changed: bool = False) 
 def write_shards(model: Any, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a sharded model's weights as safetensors, as `save_pretrained` would, file by file.
 
-    Rank 0 writes. A process never holds more gathered weights than `shard_bytes` or the largest tensor,
-    plus the adapters of these weights.
+    Rank 0 writes. A process holds at most `shard_bytes` of gathered weights, or one tensor that is
+    larger, plus the adapters of these weights.
     """
     # Tensors without memory: their shapes and dtypes decide which file a weight belongs to.
     shapes = {

@@ -11,7 +11,7 @@ CPU = {"device": "cpu"}
 
 
 def ds_config(batch: BatchPlan, dtype: str, max_grad_norm: float, run: Run, hidden: int) -> dict[str, Any]:
-    """Return the configuration of an engine that trains a model of `hidden` channels."""
+    """Return the configuration of an engine that trains a model of hidden size `hidden`."""
     zero = _zero(run.zero_stage, hidden, offloads="parameters" in run.offload)
     if "optimizer" in run.offload:
         zero["offload_optimizer"] = CPU
@@ -27,7 +27,7 @@ def ds_config(batch: BatchPlan, dtype: str, max_grad_norm: float, run: Run, hidd
 
 
 def frozen_config(dtype: str, hidden: int, *, offloads: bool = False) -> dict[str, Any]:
-    """Return the configuration of a sharded model that is being loaded, or that is not trained."""
+    """Return the configuration for loading a sharded model, and for one that is not trained."""
     zero = _zero(3, hidden, offloads=offloads)
     return {"train_micro_batch_size_per_gpu": 1, **_common(dtype, zero)}
 
@@ -40,7 +40,7 @@ def _common(dtype: str, zero: dict[str, Any]) -> dict[str, Any]:
 def _zero(stage: int, hidden: int, *, offloads: bool) -> dict[str, Any]:
     if stage < 3:
         return {"stage": stage}
-    # Biases and norms stay whole: gathering them costs more than keeping them.
+    # Biases and norms are not sharded: gathering them costs more time than keeping them costs memory.
     whole = {"stage": 3, "stage3_param_persistence_threshold": 10 * hidden}
     return whole | ({"offload_param": CPU} if offloads else {})
 

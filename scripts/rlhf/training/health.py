@@ -20,7 +20,7 @@ class Bound:
     least: float
     most: float
     meaning: str
-    since: int = 1  # iteration
+    since: int = 1  # the first iteration that is checked
 
 
 BOUNDS = (
@@ -52,7 +52,7 @@ class Health:
     outside: set[str] = field(default_factory=set)
 
     def look(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Compare an iteration's metrics with their bounds."""
+        """Compare an iteration's metrics with their bounds; log those that leave them or are back."""
         for bound in BOUNDS:
             value, name = metrics[bound.metric], bound.metric
             well = bound.least <= value <= bound.most or iteration < bound.since

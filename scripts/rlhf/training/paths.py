@@ -13,4 +13,4 @@ class Paths:
     data: Path  # tokenised rows of its stage
     work: Path  # the state of an unfinished training
     board: Path  # TensorBoard's files
-    ptx: Path | None = None  # tokenised rows of the SFT stage, where PPO imitates them too
+    ptx: Path | None = None  # tokenised rows of the SFT stage; with PTX only (`ptx.Ptx`)

@@ -31,7 +31,7 @@ class Ptx:
     micro_batch_size: int
 
     def micro_batches(self, step: int) -> Iterator[tuple[Batch, int]]:
-        """Yield this process's micro-batches, and the response tokens of the whole batch.
+        """Yield this process's micro-batches, each with the number of response tokens in the whole batch.
 
         Args:
             step: optimizer steps before this one; it decides the rows.
@@ -43,5 +43,5 @@ class Ptx:
             yield chosen[start : start + self.micro_batch_size], tokens
 
     def loss(self, model: Any, rows: Batch, tokens: int) -> Tensor:
-        """Return a micro-batch's part of the mean loss per token, a scalar without the coefficient."""
+        """Return a micro-batch's part of the mean loss per token, a float32 scalar, before `coef`."""
         return sft.loss(model, rows, self.pad_id) / tokens

@@ -33,7 +33,7 @@ def task(pad_id: int, pack_width: int | None = None) -> Task:
 
 
 def _pair_scores(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> tuple[Tensor, Tensor]:
-    """Return scores (B,) of the chosen and (B,) of the rejected responses; a pair shares a row."""
+    """Return scores of the chosen and of the rejected responses, (B,) float32 each, of B pairs."""
     pairs = [[np.concatenate([prompt, response]) for response in responses] for prompt, *responses in rows]
     batch = on_device(arrange(pairs, pad_id, pack_width))
     chosen, rejected = scores(model, batch).view(-1, 2).unbind(1)
@@ -41,7 +41,10 @@ def _pair_scores(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -
 
 
 def _loss(model: Any, rows: Batch, pad_id: int, pack_width: int | None) -> Tensor:
-    """Return the summed -log sigmoid(chosen - rejected). Source: Ouyang et al. 2022, eq. 1."""
+    """Return the sum of -log sigmoid(chosen - rejected), a float32 scalar.
+
+    Source: Ouyang et al. 2022, eq. 1.
+    """
     chosen, rejected = _pair_scores(model, rows, pad_id, pack_width)
     return -F.logsigmoid(chosen - rejected).sum()
 

@@ -35,7 +35,7 @@ def response_tokens(rows: Batch) -> int:
 
 
 def loss(model: Any, rows: Batch, pad_id: int, pack_width: int | None = None) -> Tensor:
-    """Return the summed negative log-likelihood of the responses' tokens, a scalar."""
+    """Return the sum of the negative log-likelihoods of the responses' tokens, a float32 scalar."""
     batch = on_device(arrange([[np.concatenate(row)] for row in rows], pad_id, pack_width))
     labels = response_labels([len(prompt) for prompt, _ in rows], batch)
     return -response_logprobs(model, batch, labels).sum()

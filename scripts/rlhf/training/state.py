@@ -34,8 +34,9 @@ HASHES, LOOP = "hashes.json", "loop.json"
 class State:
     """The states in `work`; `shard_layout` says over how many processes they are sharded, and how.
 
-    `engines` are DeepSpeed's, by role; weights that are not trained are not saved. `tensors` are others, by
-    name; loading fills them in place. Those in `shared` are equal in every process.
+    `engines` is role -> DeepSpeed engine, of which only trained weights are saved. `tensors` is name -> a
+    dictionary of tensors of any shapes and dtypes, which loading fills in place. `shared` has the names of
+    dictionaries that are equal in every process, and saved once.
     """
 
     work: Path
@@ -103,7 +104,7 @@ class State:
                 tensors[key].copy_(value)
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
         if parallel.rank() == 0 and (path / METRICS).exists():
-            shutil.copy(path / METRICS, self.work / METRICS)  # as it was then
+            shutil.copy(path / METRICS, self.work / METRICS)  # without the lines of later steps
         step = _step_of(path)
         logger.info("resumed after step %d from %s", step, path)
         return step, record["loop"]
