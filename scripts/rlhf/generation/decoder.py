@@ -1,11 +1,13 @@
-"""A decode copy of a causal language model: fused projections, merged adapters, a flat forward.
+"""The decode copy of a causal language model: a second set of weights and a forward, made for sampling.
 
-The trainer's weights are copied into it before each rollout, in place, so that CUDA graphs keep their
-addresses. Each process of a group may have a shard of it, by heads and by channels of the MLP: layers
-that read the hidden state are split by outputs, layers that add to it by inputs, and the processes sum
-what they add. Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
+Queries, keys and values are one layer, adapters are merged, and the forward is one loop. The trainer's
+weights are copied into it before each rollout, in place, because CUDA graphs remember addresses.
 
-Letters: H channels, D channels of a head, V vocabulary.
+The processes of a group may divide one copy by heads and by channels of the MLP (tensor parallelism): layers
+that read the hidden state are split by outputs, layers that add to it by inputs, and the processes sum what
+they add. Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
+
+Letters: H hidden size, D channels of a head, V vocabulary. Tensors have the model's dtype unless noted.
 """
 
 from __future__ import annotations
@@ -40,6 +42,13 @@ class Linear:
         """Return (..., outputs)."""
         return F.linear(x, self.weight, self.bias)
 
+    def relu(self, x: Tensor) -> Tensor:
+        """Return (..., outputs), at least 0, in one kernel where there is a bias."""
+        if self.bias is None:
+            return F.relu(self(x))
+        out = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t())
+        return out.view(*x.shape[:-1], -1)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -51,7 +60,7 @@ class Norm:
     rms: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return (..., H), as transformers computes it."""
+        """Return (..., H) of the dtype of `x`, as transformers computes it."""
         if not self.rms:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         wide = x.float()
@@ -60,8 +69,12 @@ class Norm:
 
 
 def add_norm(x: Tensor, added: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Return `x` with `added` added to it, and the norm of that, both (..., H)."""
-    if x.dim() == 2 and x.device.type == "cuda" and norm.weight is not None:
+    """Return the sum `x` + `added`, and the norm of the sum, both (..., H) of the dtype of `x`.
+
+    On CUDA the sum is written into `x` and `x` is returned, if the norm has a weight; otherwise `x` is kept.
+    So use the returned sum, and `x` no more. `added` None is 0.
+    """
+    if x.device.type == "cuda" and norm.weight is not None:
         # Imported here: a CPU build of torch has no Triton.
         from rlhf.generation import kernels  # noqa: PLC0415
 
@@ -83,15 +96,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the copy, and the weights of the model that fill it, one below the other."""
+    """A tensor of the copy, and the model's weights that fill it, concatenated along dimension 0."""
 
     target: Tensor
     names: tuple[str, ...]
-    split: int | None  # the dimension along which a group shares it
+    split: int | None  # the dimension that the processes of a group divide; None: each has all of it
 
 
 class Decoder:
-    """The decode copy of one model; `refresh` fills it. Its group's processes compute together."""
+    """The decode copy of one model; `refresh` fills it. The processes of `group` compute together.
+
+    Raises:
+        UserError: they cannot divide the model evenly.
+    """
 
     def __init__(self, model: Any, group: Group) -> None:
         families.refuse_uneven(model.config, group.size)
@@ -104,7 +121,8 @@ class Decoder:
         self.scale = self.head_dim**-0.5
         self.heads = exact_div(heads, group.size, "heads")
         self.kv_heads = exact_div(getattr(config, "num_key_value_heads", None) or heads, group.size, "heads")
-        self._activation = ACT2FN[getattr(config, "activation_function", None) or config.hidden_act]
+        activation = getattr(config, "activation_function", None) or config.hidden_act
+        self._activation, self._is_relu = ACT2FN[activation], activation == "relu"
         self._norm_first = getattr(config, "do_layer_norm_before", True)
         self._is_parallel = getattr(config, "use_parallel_residual", False)
         self.embedding = self._tensor(f"{layout.embedding}.weight")
@@ -117,12 +135,12 @@ class Decoder:
         self.head = self.embedding if head == f"{layout.embedding}.weight" else self._tensor(head)
         self.rotary = _rotary_tables(model, self.device)
         self._refuse_unused()
-        # Collectives within a graph are not tried: a group's steps are launched one by one.
+        # Only a group of size 1 uses a CUDA graph: whether collectives work within one is not tested.
         self.uses_graph = self.device.type == "cuda" and group.size == 1
 
     @torch.no_grad()
     def refresh(self, model: Any) -> None:
-        """Copy the weights of `model`, in place; one weight is gathered and merged at a time.
+        """Copy the weights of `model` into this copy, in place; one weight is gathered and merged at a time.
 
         All processes of a training call it together.
         """
@@ -142,7 +160,7 @@ class Decoder:
             ids: (...) int64 tokens.
             positions: (...) int64, of each token in its own sequence.
         """
-        x, added = self._embed(ids, positions), None  # what is still to be added to the hidden state
+        x, added = self._embed(ids, positions), None  # `added`: an output that the next norm adds to `x`
         for number, layer in enumerate(self.layers):
             first, second = layer.norms
             x, normed = add_norm(x, added, first) if self._norm_first else (x, x)
@@ -164,7 +182,7 @@ class Decoder:
         return add_norm(x, added, self.norm)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return (..., V) from (..., H)."""
+        """Return (..., V) logits of (..., H) hidden states."""
         if self.project_out is not None:
             hidden = F.linear(hidden, self.project_out)
         return F.linear(hidden, self.head)
@@ -177,6 +195,8 @@ class Decoder:
         return x if self.positions is None else x + F.embedding(positions + offset, self.positions)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        if self._is_relu:
+            return self._added(layer.down, layer.up.relu(x))
         up = layer.up(x)
         gate, *rest = up.chunk(2, -1) if layer.up.weight.shape[0] > layer.down.weight.shape[1] else (up,)
         return self._added(layer.down, self._activation(gate) * rest[0] if rest else self._activation(gate))
@@ -200,7 +220,7 @@ class Decoder:
     # -- making the copy ----------------------------------------------------------------------
 
     def _tensor(self, *names: str, split: int | None = None) -> Tensor:
-        """Return a tensor that `refresh` fills with some of the model's weights, one below the other."""
+        """Return a tensor that `refresh` fills with weights of the model, concatenated along dimension 0."""
         shapes = [_shape(self._parameters[name]) for name in names]
         rows = sum(shape[0] for shape in shapes)
         sizes = [rows, *shapes[0][1:]]
@@ -214,7 +234,7 @@ class Decoder:
         return self._tensor(name) if name in self._parameters else None
 
     def _linear(self, names: Sequence[str], split: int) -> Linear:
-        """Return a layer that is split by outputs (0), or by inputs (1), where the bias is whole."""
+        """Return a layer that is split by outputs (0) with its bias, or by inputs (1) with a whole bias."""
         biases = [f"{name}.bias" for name in names]
         has_bias = biases[0] in self._parameters
         bias = self._tensor(*biases, split=0 if split == 0 else None) if has_bias else None
@@ -235,18 +255,21 @@ class Decoder:
         return Norm(self._optional(f"{name}.weight"), self._optional(f"{name}.bias"), eps, rms is not None)
 
     def _parts(self, name: str, weight: Tensor) -> Sequence[Tensor]:
-        """Return what a group splits: queries, keys and values apart, which GPT-NeoX has head by head."""
+        """Return the parts of a weight that a group splits one by one.
+
+        GPT-NeoX's `query_key_value` has queries, keys and values of each head in turn: they are three parts.
+        """
         if not name.rpartition(".")[0].endswith("query_key_value"):
             return [weight]
         by_head = weight.view(self.config.num_attention_heads, 3, self.head_dim, *weight.shape[1:])
         return by_head.transpose(0, 1).flatten(1, 2).unbind(0)
 
     def _refuse_unused(self) -> None:
-        """Weights that the layout does not know would be left out in silence."""
+        """Assert that the layout names all weights: one that it lacks would be left out in silence."""
         used = {name for weight in self.weights for name in weight.names}
         unused = [name for name in self._parameters if name not in used and not lora.is_adapter(name)]
         assert not unused, f"the layout of {self.config.model_type} lacks {', '.join(unused)}"
-        self._parameters = {}  # the trainer may replace them
+        self._parameters = {}  # not kept: the trainer may replace its parameters
 
     def _shard(self, weight: Tensor, split: int | None) -> Tensor:
         """Return this process's shard of a whole weight."""
@@ -257,7 +280,7 @@ class Decoder:
 
 
 def _has_module(model: Any, path: str) -> bool:
-    """Return whether a model has a module: OPT-350M has no last norm, but the attribute."""
+    """Return whether a model has a module. OPT-350M has no last norm: its attribute is None."""
     parent, _, name = path.rpartition(".")
     return getattr(model.get_submodule(parent), name, None) is not None
 
@@ -268,7 +291,7 @@ def _shape(parameter: Tensor) -> torch.Size:
 
 
 def _rotary_tables(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Return cosines and sines of every position, both (positions, channels that turn); None without them."""
+    """Return cosines and sines of every position, both (positions, rotated channels), or None."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return None

@@ -1,6 +1,10 @@
-"""Triton kernels of the generation engine. Imported on CUDA only; `attention` has the reference.
+"""Triton kernels of the generation engine. Imported on CUDA only.
 
-Letters: B rows, C places of the cache, D channels of a head.
+The same in torch, as references: `attention.decode_by_mask`, `decoder.Norm`, and `draw` and `logprobs_of` in
+`sampling`.
+
+Letters: B rows, C places (for a token each) of a row of the cache, D channels of a head, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+CHUNK = 2048  # tokens of the vocabulary that a program of `draw` reads
 BLOCK = 64  # places of the cache that a program reads at a time; with one warp, the fastest of those tried
 
 
@@ -18,7 +23,7 @@ def _decode(
     Q, K_NEW, V_NEW, KEYS, VALUES, LENGTHS, OUT, scale, q_row, k_row, v_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and key-value head: write the new key and value, attend to all up to it."""
+    """One program per row and key-value head: write the new key and value, attend to all tokens so far."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, place = tl.arange(0, D), tl.arange(0, BLOCK)
     length = tl.load(LENGTHS + row)
@@ -49,10 +54,10 @@ def _decode(
 def decode(
     keys: Tensor, values: Tensor, lengths: Tensor, qkv: tuple[Tensor, Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Return (B, heads, D): what `attention.decode` returns; writes the new key and value.
+    """Return (B, heads, D) of the queries' dtype, as `attention.decode` does; write the new key and value.
 
     Args:
-        keys, values: (B, key-value heads, C, D), contiguous: one layer of the cache.
+        keys, values: (B, key-value heads, C, D), contiguous: one layer of the cache, written in place.
         lengths: (B,) int64, tokens before the new one.
         qkv: queries (B, heads, D), keys and values (B, key-value heads, D), contiguous within a row.
     """
@@ -95,7 +100,7 @@ def _add_norm(
 def add_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> Tensor:
-    """Add `added` to `x` in place, both (B, H), and return the norm of the sum, (B, H).
+    """Add `added` to `x` in place, and return the norm of the sum; all (..., H), contiguous, of one dtype.
 
     It has six parameters because a norm has four.
     """
@@ -106,3 +111,75 @@ def add_norm(
         triton.next_power_of_2(channels), rms, added is not None, bias is not None, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _chunk_sums(
+    LOGITS, LARGEST, SUMS, inverse, row_stride,
+    V: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program per row and chunk of the vocabulary: the largest logit, the sum of exp(logit - largest)."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = (
+        tl.load(LOGITS + row * row_stride + token, mask=token < V, other=float("-inf")).to(tl.float32)
+        * inverse
+    )
+    largest = tl.max(x, 0)
+    tl.store(LARGEST + row * CHUNKS + chunk, largest)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)  # of a chunk in which nothing is possible
+    tl.store(SUMS + row * CHUNKS + chunk, tl.sum(tl.exp(x - finite), 0))
+
+
+@triton.jit
+def _draw(
+    LOGITS, LARGEST, SUMS, NOISE, TOKEN, LOGPROB, inverse, row_stride,
+    V: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program per row: find the chunk into which the noise falls, and the token within it."""
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, PADDED)
+    chunks = row * CHUNKS + number
+    maxima = tl.load(LARGEST + chunks, mask=number < CHUNKS, other=float("-inf"))
+    largest = tl.max(maxima, 0)
+    sums = tl.load(SUMS + chunks, mask=number < CHUNKS, other=0.0) * tl.exp(maxima - largest)
+    cumulated = tl.cumsum(sums.to(tl.float64), 0)
+    total = tl.sum(sums.to(tl.float64), 0)
+    target = tl.load(NOISE + row) * total
+    chunk = tl.minimum(tl.sum((cumulated <= target).to(tl.int32), 0), CHUNKS - 1)
+    rest = target - tl.sum(tl.where(number < chunk, sums.to(tl.float64), 0.0), 0)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = (
+        tl.load(LOGITS + row * row_stride + token, mask=token < V, other=float("-inf")).to(tl.float32)
+        * inverse
+    )
+    weight = tl.exp(x - largest)
+    within = tl.cumsum(weight.to(tl.float64), 0)
+    found = chunk * CHUNK + tl.sum((within <= rest).to(tl.int32), 0)
+    # Sums of a chunk in two orders differ in their last bits: past its end, take its last possible token.
+    found = tl.minimum(found, tl.max(tl.where(weight > 0, token, 0), 0))
+    drawn = tl.sum(tl.where(token == found, x, 0.0), 0)
+    tl.store(TOKEN + row, found.to(tl.int64))
+    tl.store(LOGPROB + row, drawn - largest - tl.log(total).to(tl.float32))
+
+
+def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) int64 tokens and (B,) float32 log-probabilities, as `sampling.sample` does.
+
+    Args:
+        logits: (B, V), contiguous within a row.
+        temperature: above 0.
+        noise: (B,) float64 in [0, 1).
+    """
+    rows, vocabulary = logits.shape
+    chunks = triton.cdiv(vocabulary, CHUNK)
+    largest = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    sums, logprob = torch.empty_like(largest), torch.empty_like(largest[:, 0])
+    token = torch.empty(rows, dtype=torch.long, device=logits.device)
+    inverse, stride = 1 / temperature, logits.stride(0)
+    _chunk_sums[(rows, chunks)](logits, largest, sums, inverse, stride, vocabulary, chunks, CHUNK)
+    _draw[(rows,)](
+        logits, largest, sums, noise.contiguous(), token, logprob, inverse, stride,
+        vocabulary, chunks, triton.next_power_of_2(chunks), CHUNK,
+    )  # fmt: skip
+    return token, logprob

@@ -1,6 +1,6 @@
-"""Sampling by a model's own forward, for families that the engine has no layout of; a token at a time.
+"""Sampling by a model's own forward, a token at a time, for families without a layout (`families.LAYOUTS`).
 
-It is slow, and right for every causal language model.
+It is slower than the engine, but right for every causal language model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from rlhf import parallel
 from rlhf.data.tokens import Padded
-from rlhf.generation.sampling import Generated, Sampling, assemble, draw, logprobs_of
+from rlhf.generation.sampling import Generated, Sampling, assemble, sample
 from rlhf.models import lora
 from rlhf.models.outputs import evaluating
 from rlhf.models.sharding import gathered_parameters, is_sharded
@@ -42,13 +42,18 @@ def sampling_copy(model: Any) -> Any:
 
 
 def generate(model: Any, prompts: Padded, sampling: Sampling, noise: Tensor) -> Generated:
-    """Sample one response to each prompt (B, P), padded on the left, with noise (B, A) from `uniforms`."""
+    """Sample one response to each prompt.
+
+    Args:
+        prompts: (B, P), padded on the left.
+        noise: (B, max_new_tokens) float64 from `uniforms`; not used when greedy.
+    """
     size, width = prompts.ids.shape
     length = sampling.max_new_tokens
     # Causality hides later places until they are written, so the mask is made once.
     attention = torch.cat([prompts.mask, prompts.mask.new_ones(size, length)], dim=1).long()
-    tokens = prompts.ids.new_full((size, length), sampling.pad_id)  # (B, A)
-    logprobs = torch.zeros(tokens.shape, device=tokens.device)  # (B, A)
+    tokens = prompts.ids.new_full((size, length), sampling.pad_id)  # (B, max_new_tokens)
+    logprobs = torch.zeros(tokens.shape, device=tokens.device)  # (B, max_new_tokens)
     counts, running = prompts.ids.new_zeros(size), prompts.mask.new_ones(size)  # (B,)
     inputs, positions, noise = prompts.ids, prompts.positions, noise.to(tokens.device)
     cache = StaticCache(config=model.config, max_cache_len=width + length)
@@ -63,9 +68,8 @@ def generate(model: Any, prompts: Padded, sampling: Sampling, noise: Tensor) -> 
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1]  # (B, V)
-            token = draw(logits, sampling.temperature, noise[:, step])  # (B,)
+            token, logprobs[:, step] = sample(logits, sampling.temperature, noise[:, step])  # (B,) each
             tokens[:, step] = torch.where(running, token, sampling.pad_id)
-            logprobs[:, step] = logprobs_of(logits, token, sampling.temperature)
             counts += running
             running = running & (token != sampling.eos_id)
             if not running.any():

@@ -1,8 +1,10 @@
 """The sampler: responses of a model that is being trained.
 
-It keeps a decode copy of the model's weights, which is refreshed before each rollout, and on a GPU the
-CUDA graph of a step. The host looks at the responses every few tokens; a slot whose response has ended
-goes to the next prompt.
+It keeps a decode copy of the model's weights, which `refresh` updates before each rollout. Responses are
+sampled together, each in a slot. Every few tokens the host checks which have ended, and gives their slots
+to the next prompts. On CUDA, and only in a group of one process, a step is one CUDA graph.
+
+Letters: B prompts, P tokens of the longest.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ from rlhf.parallel import Group
 
 logger = logging.getLogger(__name__)
 
-LOOK = 16  # tokens between two looks at which responses have ended; the GPU is idle during a look
-PLACES = 128  # a cache has a multiple of these: prompts of other lengths fit the same graph
+LOOK = 16  # tokens between two checks of which responses have ended; the GPU is idle during a check
+PLACES = 128  # caches have a multiple of these, so that prompts of similar lengths use the same slots again
 
 
 class Sampler:
-    """Samples responses of a bare model; the processes of `group` compute together, all in one order.
+    """Samples responses of a Hugging Face model.
 
-    Families without a layout (`families.LAYOUTS`) are sampled by their own forward, a token at a time.
+    The processes of `group` share one decode copy, so they call the same methods in the same order, with the
+    same prompts and noise. Families without a layout (`families.LAYOUTS`) are sampled by their own forward.
     """
 
     def __init__(self, model: Any, sampling: Sampling, group: Group | None = None) -> None:
@@ -50,7 +53,11 @@ class Sampler:
             )
 
     def refresh(self) -> None:
-        """Take the model's weights as they are now; all processes of a training call it together."""
+        """Copy the model's weights as they are now; all processes of a training call it together.
+
+        Raises:
+            UserError: the processes of the group cannot divide the model evenly.
+        """
         if not families.has_layout(self.model.config):
             self._plain = plain.sampling_copy(self.model).to(parallel.device())
             return
@@ -62,15 +69,18 @@ class Sampler:
         return self._decoder.weights if self._decoder else []
 
     def release(self) -> None:
-        """Free the copy of a sharded model, for which there is no room beside a training."""
+        """Free the copy of a sharded model, whose memory optimizer steps need. `refresh` makes a new one."""
         if is_sharded(self.model):
             self._decoder = self._slots = self._plain = None
 
     def generate(self, prompts: Sequence[Ids], noise: Tensor, rows: int) -> list[Generated]:
-        """Sample one response to each prompt, `rows` at a time, after a `refresh`.
+        """Return one response to each prompt, in their order, sampled `rows` at a time. Call `refresh` first.
 
         Args:
             noise: (B, max_new_tokens) float64 from `uniforms`, a row per prompt; not used when greedy.
+
+        Returns:
+            one `Generated`, or one for every `rows` prompts if the family has no layout.
         """
         pad_id, device = self.sampling.pad_id, parallel.device()
         if self._plain is None:
@@ -83,11 +93,11 @@ class Sampler:
         return generated
 
     def _decode(self, prompts: Padded, noise: Tensor, rows: int) -> Generated:
-        """Sample responses to (B, P) prompts in slots that are used again."""
+        """Return responses to (B, P) prompts, each sampled in the next slot that is free."""
         total, length, device = len(prompts.ids), self.sampling.max_new_tokens, prompts.ids.device
         slots = self._slots_for(min(rows, total), prompts.ids.shape[1] + length)
         compact, lengths = prompts.compact(), prompts.mask.sum(-1)  # (B, P), (B,)
-        tokens = torch.full((total, length), self.sampling.pad_id, device=device)  # (B, A)
+        tokens = torch.full((total, length), self.sampling.pad_id, device=device)  # (B, max_new_tokens)
         logprobs, counts = torch.zeros(tokens.shape, device=device), torch.zeros_like(lengths)
         waiting, held = deque(range(total)), dict[int, int]()  # slot -> prompt
         while waiting or held:
@@ -96,7 +106,7 @@ class Sampler:
                 of = torch.tensor([held.pop(slot) for slot in ended], device=device)
                 at = torch.tensor(ended, device=device)
                 tokens[of], logprobs[of], counts[of] = slots.tokens[at], slots.logprobs[at], slots.count[at]
-            # A pass over new prompts costs as much for one as for many: wait until a quarter is idle.
+            # Admitting one prompt costs as much as admitting many: wait until a quarter of the slots is idle.
             if waiting and (4 * len(idle) >= slots.rows or not held):
                 new = {slot: waiting.popleft() for slot in idle[: len(waiting)]}
                 held |= new
@@ -108,7 +118,7 @@ class Sampler:
         return assemble(prompts, tokens, counts, logprobs, self.sampling.eos_id)
 
     def _slots_for(self, rows: int, places: int) -> Slots:
-        """Return slots of that many rows; the last ones are used again if they have enough places."""
+        """Return `rows` slots of at least `places` each: the last ones again if they fit, else new ones."""
         assert self._decoder is not None, "refresh comes first"
         if self._slots and self._slots.rows == rows and self._slots.places >= places:
             self._slots.running.zero_()
@@ -119,7 +129,11 @@ class Sampler:
 
 
 def generate(model: Any, prompts: Sequence[Ids], sampling: Sampling, noise: Tensor) -> Generated:
-    """Sample one response of a bare model to each prompt, once, with noise (B, max_new_tokens)."""
+    """Return one response of a Hugging Face model to each prompt, by a sampler that is used once.
+
+    Args:
+        noise: (B, max_new_tokens) float64 from `uniforms`.
+    """
     sampler = Sampler(model, sampling)
     sampler.refresh()
     (generated,) = sampler.generate(prompts, noise, rows=len(prompts))

@@ -3,7 +3,7 @@
 A sample's randomness is one row of `uniforms`, so that a response depends neither on the other prompts
 of its batch nor on the number of processes.
 
-Letters: B batch, P tokens of a prompt, A of the longest response, V vocabulary.
+Letters: B responses, P tokens of the longest prompt, A tokens of the longest response, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Generated:
         return self.batch.ids[:, -self.response_mask.shape[1] :]
 
     def rows(self, chosen: slice) -> Generated:
-        """Return some of the rows, as wide as all of them."""
+        """Return the `chosen` rows; (P + A) and A stay."""
         batch = Padded(self.batch.ids[chosen], self.batch.mask[chosen])
         return Generated(batch, self.response_mask[chosen], self.ended[chosen], self.logprobs[chosen])
 
@@ -59,7 +59,14 @@ def uniforms(stream: Stream, samples: Iterable[int], length: int) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
-    """Return (B,) int64 tokens: where `noise` (B,) falls among the cumulated probabilities of (B, V) logits."""
+    """Return (B,) int64 tokens: the first ones whose cumulated probability exceeds the noise.
+
+    Greedy ones have the largest logit.
+
+    Args:
+        logits: (B, V), of any float dtype; computed in float64.
+        noise: (B,) float64 in [0, 1).
+    """
     if temperature == 0:
         return logits.argmax(-1)
     cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
@@ -69,9 +76,29 @@ def draw(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Return (B,) float32: log-probabilities of (B,) tokens under (B, V) logits; greedy ones at temperature 1."""
+    """Return (B,) float32: log-probabilities of (B,) int64 tokens under (B, V) logits.
+
+    For greedy sampling they are those of temperature 1.
+    """
     scaled = logits.float() / (temperature or 1.0)
     return scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+def sample(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) int64 tokens, and (B,) float32 log-probabilities of them, for (B, V) logits.
+
+    On CUDA, if not greedy, Triton kernels do what `draw` and `logprobs_of` do, but for rounding.
+
+    Args:
+        noise: (B,) float64 in [0, 1), not used when greedy.
+    """
+    if temperature and logits.device.type == "cuda":
+        # Imported here: a CPU build of torch has no Triton.
+        from rlhf.generation import kernels  # noqa: PLC0415
+
+        return kernels.draw(logits, temperature, noise)
+    tokens = draw(logits, temperature, noise)
+    return tokens, logprobs_of(logits, tokens, temperature)
 
 
 def assemble(prompts: Padded, tokens: Tensor, counts: Tensor, logprobs: Tensor, eos_id: int) -> Generated:
@@ -79,9 +106,9 @@ def assemble(prompts: Padded, tokens: Tensor, counts: Tensor, logprobs: Tensor, 
 
     Args:
         prompts: (B, P), padded on the left.
-        tokens: (B, A') int64, the responses; the pad id after their end.
+        tokens: (B, max_new_tokens) int64, the responses; the pad id after their end.
         counts: (B,) int64, tokens of each response.
-        logprobs: (B, A') float32.
+        logprobs: (B, max_new_tokens) float32.
     """
     length = int(counts.max())
     mask = torch.arange(length, device=counts.device) < counts[:, None]  # (B, A)

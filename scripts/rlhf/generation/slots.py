@@ -1,9 +1,11 @@
-"""Slots: responses that are decoded together. All that changes from token to token is on the device.
+"""Slots: the rows of a batch, in which responses are sampled together, a token of each per step.
 
-A slot has one response. When the response has ended, another prompt may get the slot. On a GPU one CUDA
-graph does a step of all slots; it reads and writes the same tensors every time.
+A slot holds one response. When the response has ended, another prompt may get the slot. All that changes
+from token to token is on the device, in tensors that stay where they are. So on CUDA one graph can do a step
+of all slots. A group of several processes has no graph: its steps are launched kernel by kernel.
 
-Letters: B slots, N new prompts that get slots, P tokens of a prompt, A of the longest response, V vocabulary.
+Letters: B slots, N new prompts that get slots, P tokens of the longest of them, A tokens that a response may
+have (`max_new_tokens`), H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,21 +17,21 @@ from torch import Tensor
 
 from rlhf.generation import attention
 from rlhf.generation.decoder import Decoder
-from rlhf.generation.sampling import Sampling, draw, logprobs_of
+from rlhf.generation.sampling import Sampling, sample
 from rlhf.parallel import group_broadcast
 
 
 class Slots:
-    """`rows` slots with `places` for the tokens of prompt and response, which one decoder fills."""
+    """`rows` slots for one decoder, each with `places` for the tokens of a prompt and its response."""
 
     def __init__(self, decoder: Decoder, rows: int, places: int, sampling: Sampling) -> None:
         self.decoder, self.rows, self.places, self.sampling = decoder, rows, places, sampling
         self.cache = attention.Cache(decoder, rows, places)
         device, length = decoder.device, sampling.max_new_tokens
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) the newest
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) the newest token
         self.length = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) tokens before the newest
         self.count = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) tokens of the response
-        self.running = torch.zeros(rows, dtype=torch.bool, device=device)  # (B,)
+        self.running = torch.zeros(rows, dtype=torch.bool, device=device)  # (B,) not ended yet
         self.noise = torch.zeros((rows, length), dtype=torch.double, device=device)  # (B, A)
         self.tokens = torch.zeros((rows, length), dtype=torch.long, device=device)  # (B, A)
         self.logprobs = torch.zeros((rows, length), device=device)  # (B, A)
@@ -61,7 +63,7 @@ class Slots:
 
     @torch.no_grad()
     def step(self, count: int) -> None:
-        """Sample up to `count` more tokens of every running response."""
+        """Sample `count` more tokens of every running response, or fewer where it ends."""
         for _ in range(count):
             if self._graph is None:
                 self._step()
@@ -88,15 +90,15 @@ class Slots:
         self.running &= (token != self.sampling.eos_id) & (self.count <= last)
 
     def _sampled(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a token (B,) and its log-probability (B,) for (B, V) logits and (B,) noise."""
-        token = draw(logits, self.sampling.temperature, noise)
-        # Shards that continue from different tokens would be no model's: one process decides.
-        token = group_broadcast(token, self.decoder.group)
-        return token, logprobs_of(logits, token, self.sampling.temperature)
+        """Return (B,) int64 tokens and (B,) float32 log-probabilities for (B, V) logits and (B,) noise."""
+        token, logprob = sample(logits, self.sampling.temperature, noise)
+        # Processes of a group must continue from the same token: the first one decides.
+        group = self.decoder.group
+        return group_broadcast(token, group), group_broadcast(logprob, group)
 
     @torch.no_grad()
     def _captured(self) -> Any:
-        """Return the CUDA graph of a step. No slot runs yet, so that nothing changes."""
+        """Return the CUDA graph of a step. No slot runs yet, so these steps change no response."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled, and libraries set up, before the capture
