@@ -86,8 +86,8 @@ bench-all:
 	$(BIN)/python tests/bench/memory.py
 	$(BIN)/python tests/bench/threads.py
 
-bench-gpu: setup ## PPO's samples per second and shares of time on this machine's GPU
-	PYTHONPATH=scripts $(RECORD) "make bench-gpu" -- sh -c "$(BIN)/python tests/bench/ppo_gpu.py | grep -E 'NVIDIA|per token'"
+bench-gpu: setup ## all stages on this machine's GPU: speed, memory, share of the limit
+	$(RECORD) "make bench-gpu" -- $(BIN)/python scripts/bench.py
 
 picture: setup ## docs/overview.svg, from `tiny`
 	$(BIN)/snakemake $(TARGET)/actor

@@ -127,6 +127,21 @@ def gradients(model, task, rows, parts):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_logits_in_chunks_give_the_same_gradients_and_are_never_all_there(actor, sequences, monkeypatch):
+    rows = list(zip(sequences(5, 9, 3, 7), sequences(4, 6, 8, 2), strict=True))
+    whole = gradients(actor, sft.task(PAD), rows, 1)
+    sizes, head = [], actor.get_output_embeddings()
+    watch = head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr(outputs, "LOGITS", 6)
+    with torch.no_grad():
+        one = sft.task(PAD).loss(actor, rows)
+    watch.remove()
+    assert sizes == [6, 6, 6, 2]
+    close(one, sft.task(PAD).loss(actor, rows).detach())
+    for name, gradient in gradients(actor, sft.task(PAD), rows, 1).items():
+        close(gradient, whole[name])
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8])
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_any_number_of_micro_batches_gives_one_gradient(actor, scorer, sequences, stage, parts):

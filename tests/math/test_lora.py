@@ -193,3 +193,19 @@ def test_a_saved_adapter_holds_adapters_only_and_names_its_base_model(actor, act
     assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in tensors)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(actor_path), 4, 8.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_gradients_of_an_adapted_layer_are_those_of_its_formula(bias, shape):
+    torch.manual_seed(0)
+    layer = lora.LoraLinear(torch.nn.Linear(6, 4, bias=bias).double(), 3, 6.0, torch.Generator())
+    torch.nn.init.normal_(layer.lora_B)
+    x, weights = torch.randn(*shape, 6, dtype=torch.double, requires_grad=True), torch.randn(4).double()
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    formula = plain + 2.0 * x @ layer.lora_A.T @ layer.lora_B.T
+    close(layer(x), formula)
+    trained = [x, layer.lora_A, layer.lora_B, *([layer.bias] if bias else [])]
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), trained) for y in (layer(x), formula))
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other)

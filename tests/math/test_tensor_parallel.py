@@ -91,5 +91,7 @@ def test_an_unknown_family_is_not_split():
         match=r"a gpt2 model cannot be divided between processes \(supported families: opt, llama",
     ):
         refuse_uneven(AutoConfig.for_model("gpt2"), 2)
-    with pytest.raises(UserError, match=r"a mistral model with a sliding window of 64 tokens cannot be divided"):
+    with pytest.raises(
+        UserError, match=r"a mistral model with a sliding window of 64 tokens cannot be divided"
+    ):
         refuse_uneven(AutoConfig.for_model("mistral", sliding_window=64), 2)

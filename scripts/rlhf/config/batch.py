@@ -37,9 +37,9 @@ def plan_batch(train_batch_size: int, run: Run) -> BatchPlan:
     Raises:
         ValueError: it is not a multiple of micro-batch size x processes.
     """
-    per_step = run.micro_batch_size * run.processes
+    per_step = run.micro_rows * run.processes
     accumulation = exact_div(train_batch_size, per_step, "train batch over micro-batches")
-    return BatchPlan(train_batch_size, run.micro_batch_size, run.processes, accumulation)
+    return BatchPlan(train_batch_size, run.micro_rows, run.processes, accumulation)
 
 
 def training_steps(config: Training, rows: int) -> int:

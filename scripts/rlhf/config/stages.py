@@ -66,7 +66,7 @@ class Training(Section):
         yield from super().conflicts()
         yield from fp16_without_gpus(self.dtype, self.run)
         yield from not_one(self, "epochs", "steps")
-        per_forward = self.run.micro_batch_size * self.run.processes
+        per_forward = self.run.least_rows
         if self.train_batch_size % per_forward:
             yield (
                 ("train_batch_size", "run.micro_batch_size", "run.processes"),
@@ -167,7 +167,7 @@ class Rlhf(Section):
                 ("run.offload", "actor_lora"),
                 "the actor without its adapters is the reference, so there is no copy to offload: leave it out",
             )
-        per_forward = self.mini_batches * run.micro_batch_size * run.processes
+        per_forward = self.mini_batches * run.least_rows
         if batch % per_forward:
             yield (
                 ("rollout_batch_size", "mini_batches", "run.micro_batch_size", "run.processes"),

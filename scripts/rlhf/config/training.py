@@ -11,6 +11,8 @@ from rlhf.config.section import Conflict, Float, Int, Section, multiples, not_on
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Dtype = Literal["bf16", "fp16", "fp32"]
+Count = Annotated[Int, Field(ge=1)]
+Auto = Literal["auto"]  # decided when the training starts, by `training.fit`
 
 
 class Optimizer(Section):
@@ -56,7 +58,9 @@ class Run(Section):
         le=3,
         description="DeepSpeed's: shard 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too",
     )
-    micro_batch_size: Int = Field(ge=1, description="sequences or pairs per process and forward")
+    micro_batch_size: Count | Auto = Field(
+        description="sequences or pairs per process and forward; auto: as many as memory allows"
+    )
     threads: Int = Field(ge=1, description="intra-op threads of torch; changes the last bits")
     save_steps: Int = Field(ge=1, description="steps between saved training states")
     log_steps: Int = Field(
@@ -65,7 +69,9 @@ class Run(Section):
     mem_mb: Int = Field(ge=1, description="memory per node in MB")
     shm_mb: Int = Field(ge=1, description="shared memory (/dev/shm) in MB, a part of mem_mb; NCCL needs it")
     runtime: Int = Field(ge=1, description="limit in minutes")
-    gradient_checkpointing: bool = Field(description="recompute activations instead of keeping them")
+    gradient_checkpointing: bool | Auto = Field(
+        description="recompute activations instead of keeping them; auto: only if memory requires it"
+    )
     offload: tuple[Literal["optimizer", "parameters"], ...] = Field(description="what is kept in CPU memory")
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -80,6 +86,17 @@ class Run(Section):
                     ("offload", "zero_stage"),
                     f"offload of {what} needs zero_stage {least} or more: DeepSpeed offloads only what it shards",
                 )
+
+    @property
+    def least_rows(self) -> int:
+        """The fewest rows that all processes read in one forward: a batch is a multiple of it."""
+        return (1 if self.micro_batch_size == "auto" else self.micro_batch_size) * self.processes
+
+    @property
+    def micro_rows(self) -> int:
+        """`micro_batch_size`, once it is decided."""
+        assert self.micro_batch_size != "auto", "training.fit decides it first"
+        return self.micro_batch_size
 
     @property
     def cores(self) -> int:
@@ -112,13 +129,21 @@ class TrainingRun(Run):
 class RlhfRun(Run):
     """How the PPO stage and the comparison are executed."""
 
-    generation_batch_size: Int = Field(ge=1, description="responses that a process samples at a time")
+    generation_batch_size: Count | Auto = Field(
+        description="responses that a process samples at a time; auto: as many as memory allows"
+    )
     inference_tp_size: Int = Field(
         ge=1, description="processes that share one copy of the actor for sampling; 1: each has its own"
     )
     offload: tuple[Literal["optimizer", "parameters", "reference"], ...] = Field(  # type: ignore[assignment]
         description="what is kept in CPU memory"
     )
+
+    @property
+    def generation_rows(self) -> int:
+        """`generation_batch_size`, once it is decided."""
+        assert self.generation_batch_size != "auto", "training.fit decides it first"
+        return self.generation_batch_size
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import parallel
-from rlhf.config.training import Lora
+from rlhf.config.training import Lora, Run
 from rlhf.entry.job import Job
 from rlhf.models import card, saving
 from rlhf.models.ema import Ema
@@ -45,6 +45,7 @@ def publish_trained(
     """
     with job.publish() as draft:
         draft.provenance["metrics"] = trained.metrics
+        draft.run |= {"speed": trained.log.speed(), "decided": decided(trained.run)}
         for product in products:
             with product.ema.applied() if product.ema else nullcontext():
                 saving.save(product.model, tokenizer, draft.path / product.name, temperature)
@@ -59,3 +60,9 @@ def publish_trained(
                 )
         trained.log.finish(draft.path)
     parallel.leave()
+
+
+def decided(run: Run) -> dict[str, Any]:
+    """Return the fields that may be `auto`, as they were decided for this machine."""
+    fields = ("micro_batch_size", "generation_batch_size", "gradient_checkpointing")
+    return {name: getattr(run, name) for name in fields if hasattr(run, name)}

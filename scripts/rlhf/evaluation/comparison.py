@@ -24,6 +24,7 @@ from rlhf.generation.sampling import Generated, Sampling
 from rlhf.models import outputs
 from rlhf.store.layout import EVAL
 from rlhf.terminal import printable
+from rlhf.training import fit
 from rlhf.training.engine import unwrap
 from rlhf.training.rollout import by_length, right_padded, scatter
 
@@ -53,6 +54,8 @@ def compare(models: Models, data: Path, config: Eval, run: RlhfRun) -> tuple[lis
     held_out, processes = Rows(data / EVAL), parallel.world_size()
     count = min(config.prompts, len(held_out))
     prompts = [held_out[min(i, count - 1)][0] for i in range(math.ceil(count / processes) * processes)]
+    bare = [unwrap(model) for model in (models.actor, models.reference, models.reward)]
+    run = fit.fitted_comparison(bare, config, run, max(map(len, prompts)))
     decode = models.tokenizer.decode
     rows: list[dict[str, Any]] = [{"prompt": decode(p, skip_special_tokens=True)} for p in prompts[:count]]
     for when, actor in (("before", models.reference), ("after", models.actor)):
@@ -83,7 +86,7 @@ def _described(
     scored, kl = (torch.zeros(len(mask), device=mask.device) for _ in range(2))  # (B,); KL in nats
     everything = torch.arange(len(mask), device=mask.device)
     with torch.no_grad():
-        for rows in by_length(generated.batch, everything, run.micro_batch_size):
+        for rows in by_length(generated.batch, everything, run.micro_rows):
             batch, labels = right_padded(generated.batch, mask, rows)
             scored[rows] = models.reward(outputs.scores, batch)
             own, theirs = (

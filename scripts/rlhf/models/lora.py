@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters beside frozen weights, merged into them when a model is published.
 
 An adapted layer keeps the names of its weight and bias, so a published model has the same names as the
-model without adapters. Letters: R rank of an adapter, I and O inputs and outputs of a linear layer.
+model without adapters. Letters: R rank of an adapter (`dim`), I and O inputs and outputs of a
+linear layer.
 
 Source: Hu et al., LoRA, 2021, section 4.1.
 """
@@ -24,6 +25,38 @@ from rlhf.models import families
 HEAD = "score"  # a scorer's head, which is always trained because it starts from random weights
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    """W x + b + scale * B (A x), with products that add to their output: on small batches launches cost most.
+
+    The weight is frozen and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        low_rank = F.linear(x, a).mul_(scale).flatten(0, -2)  # (tokens, R)
+        out = F.linear(x, weight, bias)  # (..., O)
+        out.flatten(0, -2).addmm_(low_rank, b.t())
+        ctx.save_for_backward(x, weight, a, b, low_rank)
+        ctx.scale, ctx.has_bias = scale, bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low_rank = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (tokens, O)
+        grad_low = (flat @ b).mul_(ctx.scale)  # (tokens, R)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat @ weight).addmm_(grad_low, a).view_as(x)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        grad_a = grad_low.t() @ x.flatten(0, -2)  # (R, I)
+        grad_b = flat.t() @ low_rank  # (O, R)
+        return grad_x, None, grad_bias, grad_a, grad_b, None
+
+
 class LoraLinear(nn.Linear):
     """A linear layer with a low-rank addition: W x + b + alpha / dim * B (A x), with A (R, I) and B (O, R)."""
 
@@ -43,20 +76,22 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return shape (..., O) for an input of shape (..., I), both of the weight's dtype."""
-        out = F.linear(x, self.weight, self.bias)  # (..., O)
         if not self.active:
-            return out
-        low_rank = F.linear(x, self.lora_A)  # (..., R)
-        return out + self.scale * F.linear(low_rank, self.lora_B)
+            return F.linear(x, self.weight, self.bias)
+        arguments = (x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        out: Tensor = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+        return out
 
     def merged(self) -> Tensor:
-        """Return (O, I): the weight of an equivalent layer without adapter, computed in 32 bits."""
+        """Return (O, I) of the weight's dtype, computed in float32: the weight of an equal plain layer."""
         addition = self.scale * self.lora_B.float() @ self.lora_A.float()  # (O, R) @ (R, I)
         return (self.weight.float() + addition).to(self.weight.dtype)
 
 
 def add(model: Any, config: Lora, seed: int) -> None:
-    """Add adapters to the target layers of `model`, and freeze what is not trained.
+    """Add adapters to the target layers of `model`, whose own weights are frozen.
+
+    With `config.only`, everything else is frozen too, except a scorer's head.
 
     Raises:
         DataError: a target matches no linear layer, or the family is unknown and there are no targets.
@@ -109,18 +144,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
-    """Return the parameters behind the published weight `name`, all of its dtype.
+    """Return the parameters from which the published weight `name` is computed, all of one dtype.
 
-    They are the weight (O, I) and, if its layer is adapted, A (R, I) and B (O, R).
+    They are the weight (O, I) and, if its layer has an adapter, A (R, I) and B (O, R).
     """
     layer, weight = _adapted_layer(model, name), model.get_parameter(name)
     return [weight] if layer is None else [weight, layer.lora_A, layer.lora_B]
 
 
 def merged_weight(model: nn.Module, name: str) -> Tensor:
-    """Return the weight `name`, (O, I) of a linear layer, with its adapter merged.
+    """Return the published weight `name`, of its dtype: (O, I) of a linear layer, with its adapter merged.
 
-    Under ZeRO-3 `parameters_of` it must be gathered.
+    Under ZeRO-3, gather its `parameters_of` first.
     """
     layer = _adapted_layer(model, name)
     return model.get_parameter(name) if layer is None else layer.merged()
@@ -137,6 +172,9 @@ def peft_config(model: Any, config: Lora, base: str) -> dict[str, Any]:
 
     Args:
         base: path of the model without adapters.
+
+    Raises:
+        DataError: there are no targets and the family is unknown.
     """
     generates = model.can_generate()
     return {

@@ -1,8 +1,9 @@
 """Attention within packed rows: by kernels of variable length if the GPU has them, or else by a mask.
 
 Both are exact: a token attends to its own sequence up to itself, and to no other sequence. Kernels skip
-what a mask would hide, and need no mask of (B, T, T). Letters: B rows of a batch, T tokens of a row,
-H heads, D channels of a head.
+what a mask would hide, and need no mask of (B, T, T).
+
+Letters: B rows of a batch, T tokens of a row, D channels of a head, S runs (see `tokens.Packed`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ def uses_kernel(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
+def kernel_inputs(boundaries: Tensor, longest: int) -> dict[str, Any]:
+    """Return what a model's forward hands on to `attend`: (S + 1,) int32 ends of runs, and the longest run."""
+    ends = {f"cu_seq_lens_{side}": boundaries for side in "qk"}
+    return {**ends, "max_length_q": longest, "max_length_k": longest}
+
+
 def attend(
     kernel: Kernel,
     module: nn.Module,
@@ -83,19 +90,19 @@ def attend(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return (B, T, H, D) of the query's dtype, and None for the attention weights.
+    """Return (B, T, heads, D) of the query's dtype, and None for the attention weights.
 
     It has nine parameters because transformers calls attention functions with these names.
 
     Args:
-        query: (B, H, T, D). `key` and `value` may have fewer heads, each shared by several of the query.
+        query: (B, heads, T, D). `key` and `value` may have fewer heads; several of the query then share one.
         cu_seq_lens_q: (S + 1,) int32, `boundaries` of `tokens.Packed`.
         max_length_q: `longest` of `tokens.Packed`.
     """
     rows, heads = query.shape[0], query.shape[1]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, heads, D)
     # The kernel's own option for shared heads differs between versions of torch.
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B * T, H, D)
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B * T, heads, D)
     out: Tensor = kernel(
         q,
         k,
@@ -107,4 +114,4 @@ def attend(
         scale=scaling,
         window_size=(-1, 0),  # causal
     )
-    return out.unflatten(0, (rows, -1)), None  # (B * T, H, D) -> (B, T, H, D)
+    return out.unflatten(0, (rows, -1)), None  # (B * T, heads, D) -> (B, T, heads, D)

@@ -15,26 +15,29 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
 from rlhf import jsonl, parallel
+from rlhf.config.training import Run
 from rlhf.models.ema import Ema
 from rlhf.store.layout import CURVES, METRICS
 from rlhf.training.metric_names import MAIN
 
 Metrics = dict[str, float]  # name -> value
-MANY = 100  # points of a noisy line from which on it is smoothed
+MANY = 100  # a noisy curve of more points is smoothed
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a training leaves beside its weights."""
 
-    metrics: Metrics  # at its end; rank 0
+    metrics: Metrics  # at its end; other ranks than 0 may have none
     log: MetricsLog
+    run: Run  # with its `auto`s decided
     ema: Ema | None = None
 
 
@@ -42,8 +45,9 @@ class MetricsLog:
     """Writes the metrics of a training, from rank 0; in other processes it does nothing."""
 
     def __init__(self, work: Path, tensorboard: Path, done: int) -> None:
-        """Continue after step `done`; lines of later steps are dropped."""
+        """Continue after step `done`: keep the lines of `metrics.jsonl` up to it, and drop later ones."""
         self.path = work / METRICS
+        self._speeds: list[Metrics] = []
         self._silent = parallel.rank() > 0
         if self._silent:
             return
@@ -52,16 +56,35 @@ class MetricsLog:
         self._board = SummaryWriter(str(tensorboard), purge_step=done + 1)
         self._clock = time.monotonic()
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Record the metrics of a step."""
+    def log(self, step: int, metrics: Metrics, samples: int, tokens: int) -> None:
+        """Record the metrics of a step, and how long it took for its samples and their tokens."""
         if self._silent:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(jsonl.line({"step": step, **{k: significant(v) for k, v in metrics.items()}}))
         now = time.monotonic()
-        for name, value in {**metrics, "seconds": now - self._clock}.items():
-            self._board.add_scalar(name, value, step)
+        seconds = now - self._clock
         self._clock = now
+        speed = {
+            "seconds": seconds,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        self._speeds.append(speed)
+        for name, value in {**metrics, **speed}.items():
+            self._board.add_scalar(name, value, step)
+
+    def speed(self) -> Metrics:
+        """Return the median seconds, samples and tokens per second of a step since this start, and the peak memory.
+
+        Peak memory is that of tensors on this process's GPU, in GiB.
+        """
+        if not self._speeds:
+            return {}
+        medians = {name: float(np.median([s[name] for s in self._speeds])) for name in self._speeds[0]}
+        if torch.cuda.is_available():
+            medians["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return {name: significant(value) for name, value in medians.items()}
 
     def finish(self, out: Path) -> None:
         """Copy the metrics and draw their curves into an artefact."""
@@ -121,6 +144,6 @@ def _plot(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the mean of up to `width` values around each; fewer at the ends."""
+    """Return (N,) float64: the mean of `width` values around each of (N,) values; of fewer at the ends."""
     window = np.ones(width)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

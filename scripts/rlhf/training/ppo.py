@@ -1,7 +1,8 @@
 """The PPO stage. The loop, readable from top to bottom; formulae are in `ppo_math`.
 
-Letters: B rollout batch, A tokens of a response, T of a sequence, N response tokens of a micro-batch.
-All means are over the tokens of a whole mini-batch.
+Letters: B rows of a rollout, b rows of a mini-batch or micro-batch, A tokens of the longest response,
+T of prompt and response, V vocabulary, N response tokens of a micro-batch. Numbers in tensors are float32.
+Means in losses are over the tokens of a whole mini-batch.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from rlhf.generation.sampling import Sampling
 from rlhf.models import lora
 from rlhf.models.ema import Ema
 from rlhf.models.loading import load_actor, load_scorer
-from rlhf.models.outputs import response_logits, response_values
+from rlhf.models.outputs import per_response_token, response_values
 from rlhf.progress import progress
 from rlhf.store.layout import TRAIN
-from rlhf.training import engine, ppo_math
+from rlhf.training import engine, fit, ppo_math
 from rlhf.training.health import Health
 from rlhf.training.metrics import Metrics, MetricsLog, Trained, significant
 from rlhf.training.paths import Paths
@@ -44,7 +45,7 @@ from rlhf.training.state import State
 
 @dataclass(frozen=True)
 class Targets:
-    """What actor and critic learn from a rollout, both (B, A)."""
+    """What actor and critic learn from a rollout, both (B, A) float32."""
 
     advantages: Tensor  # whitened over the rollout
     returns: Tensor
@@ -61,7 +62,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Learner:
-    """What an optimizer step works on."""
+    """All that the training loop uses in every iteration."""
 
     models: Models
     sampler: Sampler
@@ -77,22 +78,24 @@ class MicroBatch:
 
     batch: Padded  # (b, T)
     labels: Tensor  # (b, T) bool; True at the N response tokens
-    old_logprobs: Tensor  # (N,)
-    old_values: Tensor  # (N,)
-    advantages: Tensor  # (N,)
-    returns: Tensor  # (N,)
+    old_logprobs: Tensor  # (N,) float32
+    old_values: Tensor  # (N,) float32
+    advantages: Tensor  # (N,) float32
+    returns: Tensor  # (N,) float32
     tokens: int  # response tokens of the whole mini-batch
 
 
 def load(actor: Path, scorer: Path, config: Rlhf) -> Models:
-    """Load the four models, bare, sharded as `config.run` says; all processes call it.
+    """Return the four models as Hugging Face models, sharded as `config.run` says; all processes call it.
 
     Args:
         actor: directory of the SFT actor, which is the reference model too.
         scorer: directory of the reward model, from which the critic starts.
 
     Raises:
-        DataError: a model cannot be loaded.
+        DataError: weights or config.json cannot be read, or weights are missing, unexpected or of another
+            shape.
+        UserError: `actor` gives scores, not text, or scales its logits.
     """
     run, dtype, name = config.run, engine.DTYPES[config.dtype], config.dtype
     sharded, offloads = run.zero_stage == 3, "reference" in run.offload
@@ -106,20 +109,28 @@ def load(actor: Path, scorer: Path, config: Rlhf) -> Models:
 
 
 def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Paths) -> Trained:
-    """Train `models.actor` and `models.critic`, bare models, in place, from the newest state if there is one.
+    """Train `models.actor` and `models.critic` in place, from the newest state if there is one.
+
+    Args:
+        models: as `load` returns them.
 
     Returns:
         means over the last tenth of the iterations (rank 0), the log of all, and the mean of the
         actor's weights where `ema_decay` is set.
 
     Raises:
-        DataError: the reward model gives every response the same score.
+        DataError: the reward model gives every response the same score, or LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
-        UserError: another process trains the same artefact, or the state does not fit the configuration.
+        UserError: another process trains the same artefact, the state does not fit the configuration, or
+            `inference_tp_size` processes cannot divide the actor evenly.
     """
-    run, prompts = config.run, Rows(paths.data / TRAIN)
-    state = State(paths.work, run.shard_layout)
+    prompts = Rows(paths.data / TRAIN)
+    state = State(paths.work, config.run.shard_layout)
     state.lock()
+    _add_adapters(models, config, seed)
+    frozen = [model for model in (models.reward, models.reference) if model is not None]
+    config = fit.fitted_rlhf([models.actor, models.critic], frozen, config)
+    run = config.run
     iterations = rlhf_iterations(config, len(prompts))
     learner = _learner(models, config, sampling, iterations, seed, paths)
     _register(learner, state)
@@ -138,35 +149,38 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
         # 2. Rewards and advantages.
         targets, metrics = _targets(rollout, config, loop, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
         # 3. Several optimizer steps on both models.
-        metrics |= _update(learner, rollout, targets, iteration)
+        metrics |= _optimize(learner, rollout, targets, iteration)
         # 4. The KL coefficient, metrics, state.
         _adapt_kl_coef(loop, config, metrics["kl_ref"])
-        log.log(iteration + 1, metrics)
+        log.log(iteration + 1, metrics, len(chosen), int(rollout.batch.mask.sum()))
         if parallel.rank() == 0:
             health.look(iteration + 1, metrics)
         if (iteration + 1) % run.log_steps == 0:
             bar.set_postfix({n: f"{metrics[n]:.3g}" for n in ("score", "kl_ref", "length")})
         if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
             state.save(iteration + 1, vars(loop))
-    return Trained(_summary(log.path, iterations) if parallel.rank() == 0 else {}, log, learner.ema)
+    return Trained(_summary(log.path, iterations) if parallel.rank() == 0 else {}, log, run, learner.ema)
+
+
+def _add_adapters(models: Models, config: Rlhf, seed: int) -> None:
+    if config.actor_lora:
+        lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
+    if config.critic_lora:
+        lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
 
 
 def _learner(
     models: Models, config: Rlhf, sampling: Sampling, iterations: int, seed: int, paths: Paths
 ) -> Learner:
-    """Return engines around the four bare models, and what goes with them."""
+    """Return engines around the four models, and what goes with them; LoRA is added first."""
     run, size = config.run, exact_div(config.rollout_batch_size, config.mini_batches, "mini-batch")
     batch, steps = plan_batch(size, run), iterations * config.ppo_epochs * config.mini_batches
     ptx, actor_batch = None, batch
     if config.ptx_coef is not None and paths.ptx is not None:
         rows = Rows(paths.ptx / TRAIN)
-        ptx = Ptx(rows, config.ptx_coef, sampling.pad_id, seed, size, steps, run.micro_batch_size)
-        # An optimizer step of the actor has as many micro-batches again.
+        ptx = Ptx(rows, config.ptx_coef, sampling.pad_id, seed, size, steps, run.micro_rows)
+        # The actor's optimizer steps have as many micro-batches of PTX as of PPO.
         actor_batch = replace(batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps)
-    if config.actor_lora:
-        lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
-    if config.critic_lora:
-        lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
     dtype, offloads, frozen = config.dtype, "reference" in run.offload, models.reference
     actor = engine.Recipe(config.actor, config.actor_lora, actor_batch, steps, dtype, run)
     critic = engine.Recipe(config.critic, config.critic_lora, batch, steps, dtype, run)
@@ -190,7 +204,10 @@ def _register(learner: Learner, state: State) -> None:
 
 
 def _calibrate(learner: Learner, prompts: Rows) -> LoopState:
-    """Find the reward model's mean and sd over responses of the SFT model, which the actor still is."""
+    """Return the loop's first state, with mean and sd of the scores of the SFT model's responses.
+
+    The actor is not trained yet, so its responses are those of the SFT model.
+    """
     config, seed = learner.config, learner.seed
     rows = order.stream(len(prompts), seed, 0, config.reward_samples)
     raw = []
@@ -239,14 +256,14 @@ def _targets(
 
 
 def _adapt_kl_coef(loop: LoopState, config: Rlhf, kl: float) -> None:
-    """Move an adaptive coefficient towards its target; a fixed one stays."""
+    """Change an adaptive coefficient so that KL moves towards its target; keep a fixed one."""
     if config.kl_target is not None:
         loop.kl_coef = ppo_math.next_kl_coef(
             loop.kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon
         )
 
 
-def _update(learner: Learner, rollout: Rollout, targets: Targets, iteration: int) -> Metrics:
+def _optimize(learner: Learner, rollout: Rollout, targets: Targets, iteration: int) -> Metrics:
     """Pass `ppo_epochs` times over a rollout in shuffled mini-batches; return mean metrics."""
     config, rows = learner.config, len(rollout.ended)
     size = exact_div(rows, config.mini_batches, "mini-batches of a rollout")
@@ -267,8 +284,8 @@ def _update(learner: Learner, rollout: Rollout, targets: Targets, iteration: int
 def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, number: int) -> Metrics:
     """Do one optimizer step on both models over a mini-batch; return its metrics.
 
-    Responses of similar length share a micro-batch, and processes share the micro-batches. Losses are
-    divided by the tokens of the whole mini-batch, so that neither changes the gradient.
+    Responses of similar length form a micro-batch, and processes share the micro-batches. The gradient does
+    not depend on this, because losses are divided by the tokens of the whole mini-batch.
 
     Args:
         rows: (b,) int64, the rollout's rows in the mini-batch.
@@ -276,11 +293,11 @@ def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, nu
     """
     actor, critic, config, ptx = learner.models.actor, learner.models.critic, learner.config, learner.ptx
     tokens = int(rollout.response_mask[rows].sum())
-    grouped = parallel.own_share(by_length(rollout.batch, rows, config.run.micro_batch_size))
+    grouped = parallel.own_share(by_length(rollout.batch, rows, config.run.micro_rows))
     micro_batches = [_micro_batch(rollout, targets, part, tokens) for part in grouped]
     parts: list[Metrics] = []
     learning_rate = actor.get_lr()[0]
-    # Losses get their arguments bound: ZeRO-3's hooks copy lists among a forward's arguments.
+    # `partial` binds what a loss needs: ZeRO-3's hooks copy lists among a forward's own arguments.
     for micro_batch in micro_batches:
         loss, metrics = actor(partial(_actor_loss, micro=micro_batch, config=config))
         engine.backward(actor, loss)
@@ -309,7 +326,7 @@ def _total(parts: Sequence[Metrics]) -> Metrics:
 
 
 def _micro_batch(rollout: Rollout, targets: Targets, rows: Tensor, tokens: int) -> MicroBatch:
-    """Return some rows of a rollout (b,) int64; per token, from (B, A) to (N,)."""
+    """Return `rows`, (b,) int64, of a rollout as a micro-batch; (B, A) tensors become (N,)."""
     mask = rollout.response_mask[rows]  # (b, A), N of them True
     batch, labels = right_padded(rollout.batch, rollout.response_mask, rows)
     return MicroBatch(
@@ -324,17 +341,16 @@ def _micro_batch(rollout: Rollout, targets: Targets, rows: Tensor, tokens: int) 
 
 
 def _actor_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Metrics]:
-    """Return a micro-batch's part of the policy loss and of the metrics."""
-    logits = response_logits(model, micro.batch, micro.labels, config.temperature)  # (N, V)
-    logprobs = logits.log_softmax(-1)  # (N, V)
-    tokens = micro.batch.ids[micro.labels][:, None]  # (N, 1)
-    logratio = logprobs.gather(-1, tokens)[:, 0] - micro.old_logprobs  # (N,)
+    """Return a micro-batch's part of the policy loss, a float32 scalar, and of the metrics."""
+    found = per_response_token(model, micro.batch, micro.labels, config.temperature, _policy)  # (2, N)
+    logprobs, entropy = found  # (N,) each
+    logratio = logprobs - micro.old_logprobs  # (N,)
     losses = ppo_math.policy_loss(logratio, micro.advantages, config.clip_range)  # (N,)
     with torch.no_grad():
         ratio = logratio.exp()
         per_token = {
             "policy_loss": losses,
-            "entropy": ppo_math.entropy(logprobs),
+            "entropy": entropy,
             "approx_kl": ppo_math.approx_kl(logratio),
             "ratio_mean": ratio,
             "ratio_variance": (ratio - 1) ** 2,
@@ -344,8 +360,15 @@ def _actor_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Me
     return losses.sum() / micro.tokens, metrics
 
 
+def _policy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return (2, N): log-probs of (N,) tokens under (N, V) logits, and without gradients the entropies."""
+    logprobs = logits.log_softmax(-1)  # (N, V)
+    entropy = ppo_math.entropy(logprobs.detach())  # (N,)
+    return torch.stack([logprobs.gather(-1, tokens[:, None])[:, 0], entropy])
+
+
 def _critic_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Metrics]:
-    """Return a micro-batch's part of the value loss and of the metrics."""
+    """Return a micro-batch's part of the value loss, a float32 scalar, and of the metrics."""
     values = response_values(model, micro.batch, micro.labels)  # (N,)
     losses = ppo_math.value_loss(values, micro.old_values, micro.returns, config.value_clip_range)
     loss = losses.sum() / micro.tokens

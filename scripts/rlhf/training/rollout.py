@@ -1,6 +1,7 @@
 """Rollouts: responses of the actor with all that PPO needs to learn from them.
 
-Letters: B batch, P tokens of a prompt, A of a response, T of a sequence, N response tokens of a batch.
+Letters: B rows of a rollout, b rows of a micro-batch, P tokens of the longest prompt, A of the longest
+response, T of the longest prompt and response, N response tokens of a batch.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from rlhf.training.engine import unwrap
 class Rollout:
     """What the actor did, and what the other models say about it."""
 
-    batch: Padded  # (B, P + A) left padding, prompt, response, right padding
+    batch: Padded  # (B, P + A): left padding, prompt, response, right padding
     response_mask: Tensor  # (B, A) bool; True on the response and its EOS
     ended: Tensor  # (B,) bool; True: the response ends with EOS
-    sampled_logprobs: Tensor  # (B, A) log pi of the actor, by the sampler, at each token as it was sampled
-    old_logprobs: Tensor  # (B, A) log pi of the actor, by the engine that trains it
-    ref_logprobs: Tensor  # (B, A) log pi of the SFT model
-    values: Tensor  # (B, A) the critic's value of the state before each token
-    scores: Tensor  # (B,) the reward model's raw score
+    sampled_logprobs: Tensor  # (B, A) float32: log pi of the actor, by the sampler, as each token was sampled
+    old_logprobs: Tensor  # (B, A) float32: log pi of the actor, by the engine that trains it
+    ref_logprobs: Tensor  # (B, A) float32: log pi of the SFT model
+    values: Tensor  # (B, A) float32: the critic's value of the state before each token
+    scores: Tensor  # (B,) float32: the reward model's raw score
 
     def resized(self, left: int, right: int, pad_id: int = 0) -> Rollout:
-        """Return the same with more padding: (B, left + P + A + right)."""
+        """Return the same with more padding: `batch` (B, left + P + A + right), the others (B, A + right)."""
         ids = F.pad(self.batch.ids, (left, right), value=pad_id)
         per_token = {name: F.pad(getattr(self, name), (0, right)) for name in PER_TOKEN}
         return replace(self, batch=Padded(ids, F.pad(self.batch.mask, (left, right))), **per_token)
@@ -52,7 +53,7 @@ PER_TOKEN = ("response_mask", "sampled_logprobs", "old_logprobs", "ref_logprobs"
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of PPO: bare, or `engine.SingleForward`s and engines around them.
+    """The four models of PPO: Hugging Face models, or what `engine` wraps around them for training.
 
     Without a `reference` the actor with its adapters disabled is the reference.
     """
@@ -66,20 +67,32 @@ class Models:
 def roll_out(
     models: Models, sampler: Sampler, prompts: Sequence[Ids], stream: Stream, run: RlhfRun
 ) -> Rollout:
-    """Return the rollout over `prompts`, the whole of it in every process; each samples a part.
+    """Return the rollout over all B prompts in every process; each process samples and reads a part of it.
 
-    A response depends on its sample number in `stream`, not on the process that samples it.
+    Shapes and dtypes are those of `Rollout`. A response depends on its sample number in `stream`, not on the
+    process that samples it.
+
+    Args:
+        models: wrapped by `engine`.
+
+    Raises:
+        UserError: the processes of the sampler's group cannot divide the actor evenly.
+        ValueError: the prompts cannot be divided evenly among the processes.
     """
     sampler.refresh()
     generated = sample(sampler, prompts, stream, run)
     sampler.release()
     sampling = sampler.sampling
-    parts = [observe(models, part, sampling.temperature, run.micro_batch_size) for part in generated]
+    parts = [observe(models, part, sampling.temperature, run.micro_rows) for part in generated]
     return _joined(parts, sampling.pad_id)
 
 
 def observe(models: Models, generated: Generated, temperature: float, micro_batch_size: int) -> Rollout:
-    """Let all four models read responses, a micro-batch at a time, without gradients."""
+    """Return B responses with what all four models say about them, computed without gradients.
+
+    Shapes and dtypes are those of `Rollout`, P and A those of `generated`. Models, wrapped by `engine`, read
+    at most `micro_batch_size` responses at a time.
+    """
     mask = generated.response_mask  # (B, A)
     old, ref, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))  # (B, A)
     scored = torch.zeros(len(mask), device=mask.device)  # (B,)
@@ -96,12 +109,15 @@ def observe(models: Models, generated: Generated, temperature: float, micro_batc
 
 
 def by_length(batch: Padded, rows: Tensor, size: int) -> Sequence[Tensor]:
-    """Return `rows` (B,) in micro-batches of at most `size`, each of rows of similar length."""
+    """Return some `rows` of a (B, P + A) batch, (b,) int64, as micro-batches of similar length.
+
+    Each is int64, of at most `size` rows.
+    """
     return rows[batch.mask.sum(-1)[rows].argsort(stable=True)].split(size)
 
 
 def right_padded(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Padded, Tensor]:
-    """Return some prompts with their responses, without padding before or between them.
+    """Return some prompts with their responses, each from the first column on, without padding in between.
 
     Args:
         batch: (B, P + A), as in a rollout.
@@ -109,8 +125,8 @@ def right_padded(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Pa
         rows: (b,) int64, which of them.
 
     Returns:
-        (b, T) padded on the right, and (b, T) bool, True on responses. Row by row these are the tokens
-        where `response_mask` is True, in the same order.
+        the sequences, (b, T) padded on the right, and their labels, (b, T) bool, True on responses. Labels
+        select the same tokens as `response_mask` does, in the same order.
     """
     chosen = Padded(batch.ids[rows], batch.mask[rows])  # (b, P + A)
     compact, prompts = chosen.compact(), chosen.mask.sum(-1) - response_mask[rows].sum(-1)  # (b, T), (b,)
@@ -118,7 +134,10 @@ def right_padded(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Pa
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Return (B, A) with `values` (N,) where `mask` (B, A) is True, row by row; 0 elsewhere."""
+    """Return (B, A) with `values` (N,) where `mask`, (B, A) bool, is True, row by row; 0 elsewhere.
+
+    The dtype is that of `values`.
+    """
     return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
 
 
@@ -132,7 +151,7 @@ def _reference(models: Models) -> Iterator[Any]:
 
 
 def _joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """Return the responses of all parts and all processes in one rollout, as wide as the widest."""
+    """Return the rollouts of all parts and all processes as one, padded to the widest of them."""
     sizes = [(p.batch.ids.shape[1] - p.response_mask.shape[1], p.response_mask.shape[1]) for p in parts]
     prompts, length = parallel.all_max([max(n) for n in zip(*sizes, strict=True)])
     wide = [p.resized(prompts - own, length - a, pad_id) for p, (own, a) in zip(parts, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""The training loop of the SFT and reward stages: rows in, one loss down."""
+"""The training loop of the SFT and reward stages, which differ only in their `Task`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf import parallel
@@ -17,27 +19,28 @@ from rlhf.data.rows import Ids, Rows
 from rlhf.data.streams import Purpose, seed_of
 from rlhf.data.tokens import Packed, Padded
 from rlhf.models import lora, packing
+from rlhf.models.graphs import BodyGraphs
 from rlhf.models.outputs import evaluating
 from rlhf.progress import progress
 from rlhf.store.layout import EVAL, TRAIN
-from rlhf.training import engine
+from rlhf.training import engine, fit
 from rlhf.training.metrics import Metrics, MetricsLog, Trained, significant
 from rlhf.training.paths import Paths
 from rlhf.training.state import State
 
-Batch = Sequence[list[Ids]]  # rows, each a list of its parts
+Batch = Sequence[list[Ids]]  # rows; each is a list with its parts: token ids, (tokens,) int32
 
 logger = logging.getLogger(__name__)
 
-MANY_PASSES = 20  # over the same rows: more is a mistake more often than not
+MANY_PASSES = 20  # over the same rows; more of them are usually a mistake
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage learns. Functions of a model get a bare one.
+    """What a stage learns. Its functions get the Hugging Face model, not the engine around it.
 
-    `loss(model, rows)` is a sum over `terms(rows)` terms; training minimises their mean over a whole
-    batch. `measure(model, rows)` returns sums over held-out rows, by the names in `sums`, and
+    `loss(model, rows)` is a float32 scalar, the sum of `terms(rows)` terms; training minimises their mean
+    over a whole batch. `measure(model, rows)` returns sums over held-out rows, by the names in `sums`, and
     `figures(sums)` turns their totals into the reported metrics. Rows are packed to `pack_width`
     tokens, or padded if it is None.
     """
@@ -52,37 +55,42 @@ class Task:
 
 
 def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> Trained:
-    """Train a bare `model` in place, from the newest state in `paths.work` if there is one.
+    """Train a Hugging Face model in place, from the newest state in `paths.work` if there is one.
 
     Returns:
         the metrics on held-out rows at the end, and the log of all steps.
 
     Raises:
+        DataError: LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
         UserError: another process trains the same artefact, or the state does not fit the configuration.
     """
-    run = config.run
-    state = State(paths.work, run.shard_layout)
+    state = State(paths.work, config.run.shard_layout)
     state.lock()
     rows, held_out = Rows(paths.data / TRAIN), Rows(paths.data / EVAL)
+    read = _tokens_read(rows.tokens_per_part)
+    if config.lora:
+        lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
+    config = fit.fitted_training(model, config, int(read.max()))
+    run = config.run
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     _warn_of_many_passes(task.name, steps * batch.train_batch_size, len(rows))
-    trained = _start(task, model, config, seed, batch, steps)
+    trained = _start(task, model, config, batch, steps)
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})
     log, lengths = MetricsLog(paths.work, paths.board, done), rows.tokens_per_row
     for step in (bar := progress(range(done, steps), task.name, unit="step", start=done, total=steps)):
-        chosen = [rows[int(i)] for i in order.batch(lengths, batch.train_batch_size, step, steps, seed)]
-        metrics = _step(task, trained, chosen, batch.micro_batch_size)
-        log.log(step + 1, metrics)
+        numbers = order.batch(lengths, batch.train_batch_size, step, steps, seed)
+        metrics = _step(task, trained, [rows[int(i)] for i in numbers], batch.micro_batch_size)
+        log.log(step + 1, metrics, len(numbers), int(read[numbers].sum()))
         if (step + 1) % run.log_steps == 0:
             bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         if (step + 1) % run.save_steps == 0 or step + 1 == steps:
             state.save(step + 1, {})
     sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
     with evaluating(trained.module):
-        measured = measure(task, trained, sample, run.micro_batch_size)
-    return Trained({name: significant(value) for name, value in measured.items()}, log)
+        measured = measure(task, trained, sample, run.micro_rows)
+    return Trained({name: significant(value) for name, value in measured.items()}, log, run)
 
 
 def _warn_of_many_passes(name: str, rows_seen: int, rows: int) -> None:
@@ -92,14 +100,25 @@ def _warn_of_many_passes(name: str, rows_seen: int, rows: int) -> None:
         )
 
 
-def _start(task: Task, model: Any, config: Training, seed: int, batch: BatchPlan, steps: int) -> Any:
-    """Return an engine around a bare model that is made ready for training."""
-    if config.lora:
-        lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
+def _tokens_read(per_part: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (N,) tokens that a model reads of each row; each response of a pair is read after the prompt.
+
+    Args:
+        per_part: (N, parts), the prompt first.
+    """
+    again = (per_part.shape[1] - 2) * per_part[:, 0]
+    return np.asarray(per_part.sum(1) + again)
+
+
+def _start(task: Task, model: Any, config: Training, batch: BatchPlan, steps: int) -> Any:
+    """Return an engine around a model with its adapters, after choosing the attention of packed rows."""
     if task.pack_width is not None:
         packing.choose_attention(model, config.dtype)
     recipe = engine.Recipe(config.optimizer, config.lora, batch, steps, config.dtype, config.run)
-    return engine.initialize(model, recipe)
+    trained = engine.initialize(model, recipe)
+    if packing.uses_kernel(model) and config.run.zero_stage < 3 and not config.run.gradient_checkpointing:
+        model.body_graphs = BodyGraphs(model)  # now that parameters are where they stay
+    return trained
 
 
 def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Metrics:
@@ -119,6 +138,10 @@ def measure(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Met
 
     Under ZeRO-3 every process must compute as often as the others: one that has no batch left
     repeats the last and does not count it.
+
+    Args:
+        trained: the model, wrapped by `engine`.
+        rows: token ids of each part of each row, of shape (tokens,) and int32.
     """
     batches, sums = list(in_batches(rows, micro_batch_size)), dict.fromkeys(task.sums, 0.0)
     for first in range(0, len(batches), parallel.world_size()):
@@ -131,11 +154,11 @@ def measure(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Met
 
 
 def in_batches(rows: Batch, size: int) -> Iterator[Batch]:
-    """Yield rows in batches of similar length, to be measured."""
+    """Yield rows, sorted by length, in batches of `size`; the last may be smaller."""
     ordered = sorted(rows, key=lambda row: sum(map(len, row)))
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
 
 
 def on_device(batch: Padded | Packed) -> Padded | Packed:
-    """Return a batch on this process's device."""
+    """Return a batch, with tensors of the same shapes and dtypes, on this process's device."""
     return batch.to(parallel.device())
