@@ -19,7 +19,7 @@ def chosen(monkeypatch, available, **run):
     auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto"}
     config = trainings.settings("sft", {"train_batch_size": ROWS, "run": auto | run})
     model = families.tiny("opt")
-    found = fit.fitted_training(model, config, longest=TOKENS).run
+    found = fit.fitted_training(model, config, longest=TOKENS, mean=TOKENS).run
     size = fit.size_of(model, found, trained=True)
     fixed = size.weights + size.training + fit.logits(model)
     tokens = TOKENS * found.micro_batch_size

@@ -54,8 +54,8 @@ def compare(models: Models, data: Path, config: Eval, run: RlhfRun) -> tuple[lis
     held_out, processes = Rows(data / EVAL), parallel.world_size()
     count = min(config.prompts, len(held_out))
     prompts = [held_out[min(i, count - 1)][0] for i in range(math.ceil(count / processes) * processes)]
-    bare = [unwrap(model) for model in (models.actor, models.reference, models.reward)]
-    run = fit.fitted_comparison(bare, config, run, max(map(len, prompts)))
+    unwrapped = [unwrap(model) for model in (models.actor, models.reference, models.reward)]
+    run = fit.fitted_comparison(unwrapped, config, run, max(map(len, prompts)))
     decode = models.tokenizer.decode
     rows: list[dict[str, Any]] = [{"prompt": decode(p, skip_special_tokens=True)} for p in prompts[:count]]
     for when, actor in (("before", models.reference), ("after", models.actor)):

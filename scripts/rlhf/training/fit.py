@@ -21,6 +21,7 @@ from torch import nn
 from rlhf import parallel
 from rlhf.config.stages import Eval, Rlhf, Training
 from rlhf.config.training import RlhfRun, Run
+from rlhf.models.graphs import LARGEST
 from rlhf.models.outputs import LOGITS
 
 logger = logging.getLogger(__name__)
@@ -90,18 +91,19 @@ def memory(run: Run) -> int:
     return int((1 - MARGIN) * run.mem_mb * 10**6 * run.nodes / run.processes)
 
 
-def fitted_training(model: Any, config: Training, longest: int) -> Training:
+def fitted_training(model: Any, config: Training, longest: int, mean: float) -> Training:
     """Return the configuration of SFT or the reward stage with its `auto`s decided.
 
     Args:
         model: with its adapters, before there is an engine.
-        longest: tokens of the longest row.
+        longest: tokens of the longest row, of which a batch may consist.
+        mean: tokens of a row on average, on which speed depends.
     """
     run = config.run
     size = size_of(model, run, trained=True)
     rows = config.train_batch_size // run.processes
     fixed = size.weights + size.training + logits(model)
-    return config.model_copy(update={"run": _fitted(run, size, fixed, rows, longest)})
+    return config.model_copy(update={"run": _fitted(run, size, fixed, rows, (longest, mean))})
 
 
 def fitted_rlhf(models: Sequence[Any], frozen: Sequence[Any], config: Rlhf) -> Rlhf:
@@ -122,7 +124,7 @@ def fitted_rlhf(models: Sequence[Any], frozen: Sequence[Any], config: Rlhf) -> R
     run = run.model_copy(update={"generation_batch_size": _generated(run, actor, fixed, share, per_row)})
     fixed += run.generation_rows * per_row * actor.cache
     largest = max(actor, critic, key=lambda size: size.per_token)
-    run = _fitted(run, largest, fixed, share // config.mini_batches, per_row)
+    run = _fitted(run, largest, fixed, share // config.mini_batches, (per_row, per_row))
     return config.model_copy(update={"run": run})
 
 
@@ -154,28 +156,36 @@ def _generated(run: RlhfRun, actor: Size, fixed: int, share: int, per_row: int) 
     return max(1, min(share, room // (per_row * actor.cache)))
 
 
-def _fitted(run: AnyRun, size: Size, fixed: int, rows: int, per_row: int) -> AnyRun:
-    """Return `run` with the fastest micro-batch and checkpointing that fit; say what was chosen."""
+def _fitted(run: AnyRun, size: Size, fixed: int, rows: int, tokens: tuple[int, float]) -> AnyRun:
+    """Return `run` with the fastest micro-batch and checkpointing that fit; say what was chosen.
+
+    Args:
+        tokens: of the longest row, and of a row on average.
+    """
     sizes = [run.micro_batch_size] if run.micro_batch_size != "auto" else _divisors(rows)
     ways = [run.gradient_checkpointing] if run.gradient_checkpointing != "auto" else [False, True]
     if run.micro_batch_size != "auto" and run.gradient_checkpointing != "auto":
         return run
-    available = memory(run)
-    found = [
-        (recomputed, micro, fixed + size.activations(micro * per_row, recomputed=bool(recomputed)))
-        for recomputed in ways
-        for micro in sizes
-    ]
+    available, (longest, mean) = memory(run), tokens
+
+    def need(recomputed: bool, count: int) -> int:
+        # Batches that are too large for graphs are computed beside the graphs' memory.
+        beside = LARGEST if getattr(run, "packing", False) and count > LARGEST and not recomputed else 0
+        return fixed + size.activations(count + beside, recomputed=recomputed)
+
+    found = [(way, micro, need(bool(way), micro * longest)) for way in ways for micro in sizes]
     fitting = [choice for choice in found if choice[2] <= available]
-    quick = [c for c in fitting if min(FEW, sizes[0] * per_row) <= c[1] * per_row <= ENOUGH]
-    recomputed, micro, need = next(iter(quick or fitting), found[-1])
+    quick = [c for c in fitting if min(FEW, sizes[0] * mean) <= c[1] * mean <= ENOUGH]
+    recomputed, micro, bytes_needed = next(iter(quick or fitting), found[-1])
     logger.info(
         "auto: micro-batches of %d, %s, about %.1f of %.1f GiB%s",
         micro,
         "activations recomputed" if recomputed else "nothing recomputed",
-        need / 2**30,
+        bytes_needed / 2**30,
         available / 2**30,
-        "" if need <= available else ": it may not fit, for even one row is too much by this estimate",
+        ""
+        if bytes_needed <= available
+        else ": it may not fit, for even one row is too much by this estimate",
     )
     return run.model_copy(update={"micro_batch_size": micro, "gradient_checkpointing": recomputed})
 

@@ -71,7 +71,7 @@ def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> 
     read = _tokens_read(rows.tokens_per_part)
     if config.lora:
         lora.add(model, config.lora, seed_of(seed, Purpose.LORA))
-    config = fit.fitted_training(model, config, int(read.max()))
+    config = fit.fitted_training(model, config, int(read.max()), float(read.mean()))
     run = config.run
     batch, steps = plan_batch(config.train_batch_size, run), training_steps(config, len(rows))
     _warn_of_many_passes(task.name, steps * batch.train_batch_size, len(rows))
