@@ -305,7 +305,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 
 def peak() -> float:
-    """Return the most memory that tensors have had since it was last asked, in GiB."""
+    """Return the peak memory of tensors since the last reset, in GiB."""
     return torch.cuda.max_memory_allocated() / 2**30
 
 

@@ -7,27 +7,19 @@ from functools import partial
 from pathlib import PurePath
 
 from rlhf.config import catalog
+from rlhf.data.discovery import CARD, SAVED, format_of
 from rlhf.entry.job import read_job
 from rlhf.errors import UserError, run_main
 from rlhf.sources import fetching
 from rlhf.store import publishing
 from rlhf.store.layout import FILES
 
-DATA = {".parquet", ".json", ".jsonl", ".csv", ".arrow"}
-PACKED = {".gz", ".zst", ".xz", ".bz2"}
-CARDS = ("README.md", "dataset_infos.json")  # they assign files to splits
+CARDS = (CARD, "dataset_infos.json")  # the first may assign files to splits
 
 LOCAL_REMEDY = "convert them to one of these"
 HUB_REMEDY = (
     "if a script builds the dataset, the Hub has a copy in Parquet: set revision: refs/convert/parquet"
 )
-
-
-def is_data(name: str) -> bool:
-    """Return whether a file contains rows, by its name."""
-    suffixes = PurePath(name).suffixes
-    last = suffixes[-2:-1] if suffixes and suffixes[-1] in PACKED else suffixes[-1:]
-    return name not in CARDS and bool(DATA & set(last))
 
 
 def choose(names: Iterable[str], remedy: str = LOCAL_REMEDY) -> list[str]:
@@ -40,7 +32,7 @@ def choose(names: Iterable[str], remedy: str = LOCAL_REMEDY) -> list[str]:
         UserError: no file contains rows.
     """
     names = list(names)
-    chosen = [n for n in names if is_data(n)]
+    chosen = [n for n in names if format_of(n) or PurePath(n).name in SAVED]
     if not chosen:
         present = ", ".join(sorted(names)[:20]) or "no file"
         raise UserError(f"no rows in Parquet, JSON, JSON lines, CSV or Arrow (found {present}): {remedy}")

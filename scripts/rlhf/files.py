@@ -15,6 +15,19 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def walk(root: Path) -> list[Path]:
+    """Return the files of a directory and below it, sorted; links are followed, in circles once."""
+    found, seen = list[Path](), set[str]()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` if the block succeeds."""

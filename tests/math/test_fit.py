@@ -15,13 +15,13 @@ ROWS, TOKENS = 12, 1200  # of a batch, of a row
 
 def chosen(monkeypatch, available, **run):
     """Return how SFT would run in so much memory, and the bytes that it would need."""
-    monkeypatch.setattr(fit, "memory", lambda _: available)
+    monkeypatch.setattr(fit, "usable_bytes", lambda _: available)
     auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto"}
     config = trainings.settings("sft", {"train_batch_size": ROWS, "run": auto | run})
     model = families.tiny("opt")
     found = fit.fitted_training(model, config, longest=TOKENS, mean=TOKENS).run
     size = fit.size_of(model, found, trained=True)
-    fixed = size.weights + size.training + fit.logits(model)
+    fixed = size.weights + size.training + fit.logits_bytes(model)
     tokens = TOKENS * found.micro_batch_size
     return found, fixed + size.activations(tokens, recomputed=found.gradient_checkpointing)
 
@@ -74,7 +74,7 @@ def test_a_sampler_gets_all_rows_or_what_its_cache_leaves_room_for(monkeypatch):
     models = [families.tiny("opt") for _ in range(3)]
     sizes = []
     for available in (1, 8 * 10**6, 10**12):
-        monkeypatch.setattr(fit, "memory", lambda _, bytes=available: bytes)
+        monkeypatch.setattr(fit, "usable_bytes", lambda _, bytes=available: bytes)
         sizes.append(fit.fitted_rlhf(models[:2], models[2:], config).run.generation_batch_size)
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (1, config.rollout_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import posixpath
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -26,6 +27,18 @@ def _known_dataset(name: str) -> str:
     return name
 
 
+def _by_lines(encoding: str) -> str:
+    """Accept encodings in which a line ends with the byte of a newline."""
+    try:
+        newline = codecs.encode("\n", encoding)
+    except LookupError:
+        raise ValueError(f"no encoding {encoding!r} is known to Python: examples are utf-8, cp1252") from None
+    if newline != b"\n":
+        raise ValueError(f"{encoding} is not supported: convert the file to utf-8")
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_by_lines)]
 ModelName = Annotated[str, AfterValidator(_known_model)]
 DatasetName = Annotated[str, AfterValidator(_known_dataset)]
 
@@ -66,6 +79,12 @@ class Columns(Section):
             yield ("chosen", "rejected"), "chosen and rejected need each other: name both or none"
 
     @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        fields = (self.prompt, self.response, self.chosen, self.rejected, self.group)
+        return [name for name in fields if name is not None]
+
+    @property
     def has_pairs(self) -> bool:
         """Whether a reward model can learn from the rows."""
         return self.chosen is not None
@@ -82,6 +101,10 @@ class Dataset(Section):
     name: DatasetName = Field(description="where the rows come from")
     revision: str = Field("main", pattern=f"^{REVISION}$", description="branch, tag or commit on the Hub")
     split: str = Field("train", min_length=1, description="the split that is read")
+    subset: str | None = Field(
+        None, min_length=1, description="a directory or the card's `config_name`, or a pattern, as `en*`"
+    )
+    encoding: Encoding = Field("utf-8", description="of JSON and CSV files, as Python names it")
     columns: Columns
 
     @model_validator(mode="before")
@@ -116,6 +139,8 @@ def _named_once(datasets: tuple[Dataset, ...]) -> tuple[Dataset, ...]:
 
 Datasets = Annotated[
     tuple[Dataset, ...],
-    Field(min_length=1, description="a list of names, or of {name, revision, split, columns}"),
+    Field(
+        min_length=1, description="a list of names, or of {name, revision, split, subset, encoding, columns}"
+    ),
     AfterValidator(_named_once),
 ]

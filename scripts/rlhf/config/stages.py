@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlhf.config import reference
 from rlhf.config.section import Conflict, Float, Int, Section, multiples, not_one
-from rlhf.config.sources import Columns, Datasets, Model
+from rlhf.config.sources import Dataset, Datasets, Model
 from rlhf.config.training import Dtype, Lora, Optimizer, RlhfRun, TrainingRun, fp16_without_gpus
 
 Stage = Literal["sft", "reward", "rlhf"]
@@ -31,13 +31,6 @@ class Data(Section):
     eval_share: Float = Field(gt=0, lt=1, description="share of all groups that no stage trains on")
 
 
-class DatasetRows(Section):
-    """The rows of a dataset to read, and their columns."""
-
-    split: str
-    columns: Columns
-
-
 class Preparation(Section):
     """How the tokenised rows of one stage are prepared."""
 
@@ -45,7 +38,7 @@ class Preparation(Section):
     max_tokens: Int = Field(ge=1, description="longest prompt with one response; longer rows are dropped")
     shares: Shares
     eval_share: Float
-    datasets: dict[str, DatasetRows]
+    datasets: dict[str, Dataset]
 
 
 class Training(Section):

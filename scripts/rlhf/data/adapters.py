@@ -62,19 +62,30 @@ def adapt(row: Mapping[str, Any], columns: Columns, stage: Stage) -> Prompt:
     """Return a stage's form of a row: a `Prompt` (rlhf), `Response` (sft) or `Preference` (reward).
 
     Raises:
-        Unusable: a text is empty, the turns do not alternate, or the two responses are the same.
-        KeyError: the row has no such column.
+        Unusable: a text is empty, turns do not alternate, a response does not follow the prompt, or the two
+            responses are the same.
     """
     turns = _turns(row[columns.prompt], columns.dialogue)
-    group = str(row[columns.group]) if columns.group else normalised(turns[0])
+    group = _group(row[columns.group], columns.group) if columns.group else normalised(turns[0])
     if stage == "rlhf":
         return Prompt(turns, group)
     if stage == "sft":
-        return Response(turns, group, _response(row[str(columns.response or columns.chosen)]))
-    chosen, rejected = _response(row[str(columns.chosen)]), _response(row[str(columns.rejected)])
+        turns, response = _completed(turns, row[str(columns.response or columns.chosen)])
+        return Response(turns, group, response)
+    turns, chosen = _completed(turns, row[str(columns.chosen)])
+    others, rejected = _completed(turns, row[str(columns.rejected)])
+    if others != turns:
+        raise Unusable("chosen and rejected do not answer the same conversation")
     if chosen == rejected:
         raise Unusable("both responses are the same")
     return Preference(turns, group, chosen, rejected)
+
+
+def _group(value: Any, column: str) -> str:
+    """Return the group of a row; rows without one are no group together."""
+    if value is None or value == "":
+        raise Unusable(f"no group in column {column!r}")
+    return str(value)
 
 
 def normalised(text: str) -> str:
@@ -132,11 +143,32 @@ def _alternating(speakers: list[tuple[str, str]], first: str, second: str) -> Tu
     return tuple(text for _, text in speakers)
 
 
+def _completed(turns: Turns, value: Any) -> tuple[Turns, str]:
+    """Return the turns before a response, and the response: text, or the last of a list of messages.
+
+    Messages before the last one repeat the prompt or go on after it, and become part of it. Nothing of them
+    is left out in silence.
+    """
+    if not isinstance(value, list):
+        return turns, _response(value)
+    *before, (role, text) = [_message(message) for message in value] or [("assistant", "")]
+    if role != "assistant":
+        raise Unusable("a response whose last message is not the assistant's")
+    if before and before[0][0] == "system":
+        raise Unusable("a system message, which is not supported")
+    if before and before[0][0] == "assistant":
+        before = [*zip(("user", "assistant") * len(turns), turns, strict=False), *before]
+    spoken = _alternating(before, "user", "assistant") if before else turns
+    if spoken[: len(turns)] != turns:
+        raise Unusable("messages of a response that do not begin with the prompt")
+    if not all(spoken):
+        raise Unusable("an empty turn")
+    return spoken, _response(text)
+
+
 def _response(value: Any) -> str:
-    """Return the text of a response, or of the last message if it is a list of messages."""
-    if isinstance(value, list) and value:
-        _, value = _message(value[-1])
-    value = "" if value in (None, []) else value
+    """Return the text of a response."""
+    value = "" if value is None else value
     if not isinstance(value, str):
         raise Unusable("a response that is not text")
     if not value.strip():

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.config.sources import Columns
+from rlhf.config.sources import Dataset
 from rlhf.config.stages import Preparation, Stage
 from rlhf.data import readers
 from rlhf.data.adapters import Prompt, Unusable, adapt, has_turns
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 1000  # rows per call of the tokenizer
 DROPPED, LEFT = "dropped: ", "left to "  # beginnings of names in the card, before a reason or a stage
 TOO_LONG = "longer than"
+FEW_GROUPS = 20  # with fewer, a split without a row is no matter of chance
 
 
 def prepare(config: Preparation, tokenizer_path: Path, datasets: dict[str, Path], out: Path) -> None:
@@ -49,11 +50,14 @@ def prepare(config: Preparation, tokenizer_path: Path, datasets: dict[str, Path]
     counters = {name: Counter[str]() for name in datasets}
     # Dataset -> prompts that contain turns but are read as one turn.
     unread_turns: Counter[str] = Counter()
+    groups = set[str]()
     card: dict[str, Any] = {"stage": config.stage, "parts": list(parts), "datasets": counters, "splits": {}}
     card["unread_turns"] = unread_turns
     with RowWriter(out / TRAIN, parts) as train, RowWriter(out / EVAL, parts) as held_out:
         for name, path in datasets.items():
-            rows = _rows_of_stage(_Dataset(name, path, config, counters[name], unread_turns), tokenizer)
+            rows = _rows_of_stage(
+                _Dataset(name, path, config, counters[name], unread_turns, groups), tokenizer
+            )
             for split, tokens in _tokenised(rows, tokenizer):
                 # The prompt with the longer response.
                 if sum(map(len, tokens[:1])) + max(map(len, tokens[1:]), default=0) > config.max_tokens:
@@ -65,7 +69,7 @@ def prepare(config: Preparation, tokenizer_path: Path, datasets: dict[str, Path]
     for split in (TRAIN, EVAL):
         card["splits"][split] = _statistics(Rows(out / split), parts)
         if not card["splits"][split]["rows"]:
-            raise DataError(_no_rows(split, config.stage, counters))
+            raise DataError(_no_rows(split, config.stage, counters, len(groups)))
     write_json(out / CARD, card)
 
 
@@ -78,6 +82,7 @@ class _Dataset:
     config: Preparation
     counts: Counter[str]
     unread_turns: Counter[str]
+    groups: set[str]  # of all datasets; at most `FEW_GROUPS` are kept
 
 
 def _rows_of_stage(dataset: _Dataset, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Prompt]]:
@@ -85,20 +90,19 @@ def _rows_of_stage(dataset: _Dataset, tokenizer: PreTrainedTokenizerFast) -> Ite
     config, counts = dataset.config, dataset.counts
     source, shares = config.datasets[dataset.name], config.shares.model_dump()
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-    rows = readers.read(dataset.path, source.split, dataset.name)
-    for raw in progress(rows, dataset.name, unit="rows"):
+    for raw in progress(_read(dataset.path, source), dataset.name, unit="rows"):
         try:
             row = adapt(raw, source.columns, config.stage)
         except Unusable as error:
             counts[f"{DROPPED}{error}"] += 1
             continue
-        except KeyError:
-            raise DataError(_missing_columns(dataset.name, raw, source.columns)) from None
         if any(special.search(text) for text in (*row.turns, *row.texts())):
             # The tokenizer would encode it as the end of a turn, not as text.
             counts[f"{DROPPED}holds a special token"] += 1
             continue
         dataset.unread_turns[dataset.name] += has_turns(row.turns[0])
+        if len(dataset.groups) < FEW_GROUPS:
+            dataset.groups.add(row.group)
         stage = stage_of(row.group, shares, config.eval_share)
         if stage in (EVAL, config.stage):
             yield EVAL if stage == EVAL else TRAIN, row
@@ -106,13 +110,22 @@ def _rows_of_stage(dataset: _Dataset, tokenizer: PreTrainedTokenizerFast) -> Ite
             counts[f"{LEFT}{stage}"] += 1
 
 
-def _missing_columns(name: str, raw: dict[str, Any], columns: Columns) -> str:
-    """Say which columns a dataset lacks, which it has, and which may be meant."""
-    required = [column for column in columns.model_dump().values() if isinstance(column, str)]
-    missing = [column for column in required if column not in raw]
-    close = {column: difflib.get_close_matches(column, raw, n=1) for column in missing}
-    listed = ", ".join(f"{c!r}" + (f" (did you mean {m[0]}?)" if m else "") for c, m in close.items())
-    return f"{name} has no column named {listed}; it has {', '.join(raw)}: correct `columns` of the dataset"
+def _read(path: Path, source: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a dataset.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column; the text says which it has, and which may be meant.
+    """
+    try:
+        yield from readers.read(path, source)
+    except readers.MissingColumns as error:
+        missing = [column for column in source.columns.names if column not in error.present]
+        close = {column: difflib.get_close_matches(column, error.present, n=1) for column in missing}
+        listed = ", ".join(f"{c!r}" + (f" (did you mean {m[0]}?)" if m else "") for c, m in close.items())
+        raise DataError(
+            f"{source.name} has no column named {listed}; it has {', '.join(error.present)}: correct `columns` of the"
+            " dataset"
+        ) from None
 
 
 def _log_counts(name: str, counts: Counter[str], unread_turns: int) -> None:
@@ -159,13 +172,19 @@ def _summary(name: str, counts: Counter[str]) -> str:
     return "; ".join(clauses)
 
 
-def _no_rows(split: str, stage: Stage, counters: dict[str, Counter[str]]) -> str:
+def _no_rows(split: str, stage: Stage, counters: dict[str, Counter[str]], groups: int) -> str:
     """Say that a split has no row, how all rows were used, and what helps against the main cause."""
     total = sum(counters.values(), Counter[str]())
     reasons = _reasons(total)
     if reasons.total() <= total[TRAIN] + total[EVAL]:
         share = "data.eval_share" if split == EVAL else f"data.shares.{stage}"
         remedy = f"add rows, or raise {share}"
+        if groups < FEW_GROUPS and total.total() > groups:
+            remedy = (
+                f"all rows are in {'one group' if groups == 1 else f'{groups} groups'}, and a group is in one split; without"
+                " `columns.group` rows with the same first turn are a group: name a column there that tells"
+                " conversations apart"
+            )
     elif max(reasons, key=reasons.__getitem__).startswith(TOO_LONG):
         remedy = f"raise {'max_prompt_tokens' if stage == 'rlhf' else 'max_tokens'}"
     else:

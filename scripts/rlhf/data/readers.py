@@ -1,128 +1,321 @@
-"""Reading the rows of a dataset on the volume, one after another."""
+"""Reading the rows of a dataset on the volume, one after another: the named columns, text as text.
+
+Files are read by pyarrow and the standard library: they convert no value, need no cache, and know the line.
+Only directories that `datasets` saved are read by `datasets`.
+"""
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import csv
 import gzip
+import io
 import json
-import logging
+import lzma
 import os
-from collections.abc import Iterator, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-import datasets
+import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
+from rlhf.config.sources import Dataset
+from rlhf.data.discovery import files_of, format_of
 from rlhf.errors import DataError, one_line
 from rlhf.store.layout import FILES
 
 BATCH = 1000  # rows
-Columns = dict[str, list[Any]]  # name -> values of several rows
-UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    datasets.exceptions.DatasetGenerationError,
-)
-JSON_LINES = (".jsonl", ".jsonl.gz", ".json")  # .json may also be one value on many lines
 SHOWN = 60  # characters of an invalid line in a message
+CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+BETWEEN = re.compile(r"[\s,]*")  # before and between the entries of a JSON list
+DAMAGES = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)  # of compressed files and disks
+Row = dict[str, Any]
 
-# Its messages count rows from 0 and name our copy. Ours give the line and the user's file.
-logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
+
+class MissingColumns(Exception):
+    """No row has some of the columns; `present` are those that rows have."""
+
+    def __init__(self, present: list[str]) -> None:
+        super().__init__(present)
+        self.present = present
 
 
-def read(artefact: Path, split: str, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split, from Parquet, JSON, CSV or a directory that `datasets` saved.
+def read(artefact: Path, dataset: Dataset) -> Iterator[Row]:
+    """Yield the rows of a dataset's split with the columns that it names; None where a row lacks one.
 
     Args:
         artefact: the dataset's artefact.
-        name: the dataset's name as the user wrote it, for messages.
 
     Raises:
-        DataError: there is no such split, or the files cannot be read.
+        DataError: there is no such split, or a file cannot be read; the text names file and line.
+        MissingColumns: the first thousand rows have no such column.
     """
     path = artefact / FILES
-    try:
-        for batch in _saved(path, split, name) if _is_saved(path) else _published(path, split, name):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-    except UNREADABLE as error:
-        raise DataError(f"cannot read split {split!r} of {name}: {one_line(error)}") from error
-
-
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-
-
-def _saved(path: Path, split: str, name: str) -> Iterator[Columns]:
-    """Yield the rows of a directory that `datasets` saved: one dataset, or several by split."""
-    dataset = datasets.load_from_disk(str(path))
-    if not isinstance(dataset, datasets.Dataset):
-        dataset = _split_of(dataset, split, name)
-    yield from dataset.iter(batch_size=BATCH)  # reading single rows is several times slower
-
-
-def _split_of(splits: Mapping[str, Any], split: str, name: str) -> Any:
-    if split not in splits:
-        raise DataError(f"{name} has no split {split!r}; there are {', '.join(map(str, splits))}")
-    return splits[split]
-
-
-def _published(path: Path, split: str, name: str) -> Iterator[Columns]:
-    """Stream the files of a split: nothing is copied to a cache, and memory use is constant.
-
-    `datasets` finds the files. Parquet is read here, because `datasets` would prefetch more of it the
-    larger the files are.
-    """
-    files = _split_of(datasets.load_dataset_builder(str(path)).config.data_files, split, name)
-    if empty := [file for file in files if not os.path.getsize(file)]:
-        raise DataError(f"{_as_written(empty[0], path, name)} is empty: put rows into it, or remove it")
-    if all(file.endswith(".parquet") for file in files):
-        for file in files:
-            for batch in ParquetFile(file).iter_batches(BATCH):
-                yield batch.to_pydict()
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        yield from _named(_saved(path, dataset), dataset)
         return
-    try:
-        yield from datasets.load_dataset(str(path), split=split, streaming=True).iter(batch_size=BATCH)
-    except UNREADABLE:
-        for file in files:
-            _refuse_invalid_lines(file, _as_written(file, path, name))
-        raise
+    for file in files_of(path, dataset):
+        name = _as_written(file, path, dataset.name)
+        if not os.path.getsize(file):
+            raise DataError(f"{name} is empty: put rows into it, or remove it")
+        yield from _named(READERS[format_of(file.name)](file, name, dataset), dataset)
 
 
-def _as_written(file: str, path: Path, name: str) -> str:
+def _named(rows: Iterator[Row], dataset: Dataset) -> Iterator[Row]:
+    """Yield rows with the named columns alone."""
+    first, names = list(islice(rows, BATCH)), dataset.columns.names
+    present = list(dict.fromkeys(name for row in first for name in row))
+    if first and not set(names) <= set(present):
+        raise MissingColumns(present)
+    for row in chain(first, rows):
+        yield {name: row.get(name) for name in names}
+
+
+def _as_written(file: Path, path: Path, name: str) -> str:
     """Return a file's name as the user knows it: the dataset's own name, or the path below it."""
     relative = os.path.relpath(file, path)
     return name if os.path.basename(name) == relative else f"{name.rstrip('/')}/{relative}"
 
 
-def _refuse_invalid_lines(file: str, name: str) -> None:
-    """Read a file of JSON lines again, after a library failed to, and say which line is invalid."""
-    if not file.endswith(JSON_LINES):
-        return
-    with gzip.open(file) if file.endswith(".gz") else Path(file).open("rb") as lines:
-        checked = ((number, _fault(line), line) for number, line in enumerate(lines, 1))
-        invalid = (entry for entry in checked if entry[1])
-        number, fault, line = next(invalid, (0, "", b""))
-        count = 1 + sum(1 for _ in invalid)
-    if not number or (number == 1 and file.endswith(".json")):
-        return
-    text = line.decode(errors="replace").strip()
-    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    total = f" ({count} such lines)" if count > 1 else ""
-    raise DataError(f"{name}, line {number}: {fault} ({shown}): correct or remove the line{total}")
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(f"cannot read {name}: {one_line(error)}")
 
 
-def _fault(line: bytes) -> str | None:
-    """Return why a line of JSON lines is not a row, or None if it is a row or blank."""
+# -- text ---------------------------------------------------------------------------------------------
+
+
+def _opened(file: Path) -> BinaryIO:
+    """Open a file, decompressed if its name says that it is compressed."""
+    openers: dict[str, Any] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+        ".zst": lambda path, _: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+    }
+    return cast("BinaryIO", openers.get(file.suffix.lower(), Path.open)(file, "rb"))
+
+
+def _lines(file: Path, name: str, dataset: Dataset) -> Iterator[str]:
+    """Yield the lines of a text file.
+
+    Raises:
+        DataError: a line is not in the dataset's encoding, or the file is damaged.
+    """
+    encoding = "utf-8-sig" if dataset.encoding == "utf-8" else dataset.encoding  # it may begin with a mark
     try:
-        text = line.decode()
-        row = json.loads(text) if text.strip() else {}
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except ValueError:
-        return "not JSON"
-    return None if isinstance(row, dict) else "not a JSON object"
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield line.decode(encoding if number == 1 else dataset.encoding)
+                except UnicodeDecodeError:
+                    raise DataError(
+                        f"{name}, line {number}: not {dataset.encoding.upper()} ({_shown(line.decode(errors='replace'))}):"
+                        " convert the file, or say what it is by `encoding` of the dataset, for example cp1252"
+                    ) from None
+    except DAMAGES as error:
+        raise _unreadable(name, error) from error
+
+
+def _shown(line: str) -> str:
+    text = line.strip()
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+class _Invalid(Exception):
+    """Text that is no row; says why."""
+
+
+def _json_lines(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the objects of a file of JSON lines; blank lines are no rows."""
+    lines = enumerate(_lines(file, name, dataset), 1)
+    for number, line in lines:
+        try:
+            if line.strip():
+                yield _row(line)
+        except _Invalid as error:
+            if number == 1 and file.name.endswith(".json"):
+                raise DataError(
+                    f"{name} is neither a list of objects nor one object in each line: correct it"
+                ) from None
+            count = 1 + sum(1 for _, other in lines if not _is_row(other))
+            total = f" ({count} such lines)" if count > 1 else ""
+            said = f"{error} ({_shown(line)}): correct or remove the line{total}"
+            raise DataError(f"{name}, line {number}: {said}") from None
+
+
+def _row(line: str) -> Row:
+    """Return the object that a line of JSON holds.
+
+    Raises:
+        _Invalid: it holds none, or one that is ambiguous or no text.
+    """
+    try:
+        row = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        raise _Invalid("not JSON") from None
+    if not isinstance(row, dict):
+        raise _Invalid("not a JSON object")
+    if "\\ud" in line.lower() and _has_half_a_pair(row):
+        raise _Invalid("half a surrogate pair, which is no character")
+    return row
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return not line.strip() or bool(_row(line)) or True
+    except _Invalid:
+        return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """Return an object, unless a key is in it twice."""
+    if len(row := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Invalid(f"the key {next(k for k in keys if keys.count(k) > 1)!r} twice")
+    return row
+
+
+def _has_half_a_pair(row: Row) -> bool:
+    """Return whether a text in it has a surrogate without its other half."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _json(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the objects of a JSON list, or of lines."""
+    try:
+        with _opened(file) as content:
+            begins = content.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    except DAMAGES as error:
+        raise _unreadable(name, error) from error
+    return (_json_list if begins == b"[" else _json_lines)(file, name, dataset)
+
+
+def _json_list(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the objects of a JSON list, an entry at a time; a chunk of the text is held."""
+    lines, decoder = _lines(file, name, dataset), json.JSONDecoder(object_pairs_hook=_unique)
+    text, place, number, more = _some(lines).lstrip()[1:], 0, 0, True
+    while True:
+        place = BETWEEN.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if text.startswith("]", place):
+            return
+        try:
+            row, end = decoder.raw_decode(text, place)
+        except _Invalid as error:
+            raise DataError(f"{name}, entry {number + 1}: {error}: correct or remove it") from None
+        except (ValueError, RecursionError) as error:
+            if not more:
+                shown = _shown(text[place : place + 2 * SHOWN])
+                raise DataError(f"{name}, entry {number + 1}: not JSON ({shown}): {error.args[0]}") from None
+            added = _some(lines)
+            text, place, more = text[place:] + added, 0, bool(added)
+            continue
+        number, place = number + 1, end
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}, entry {number}: not a JSON object ({_shown(str(row))}): correct or remove it"
+            )
+        yield row
+
+
+def _some(lines: Iterator[str]) -> str:
+    """Return some of the next lines; "" at the end."""
+    text, length = [], 0
+    for line in lines:
+        text.append(line)
+        length += len(line)
+        if length > CHUNK:
+            break
+    return "".join(text)
+
+
+def _csv(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the rows of a table as text; its first line names the columns."""
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if format_of(file.name) == ".tsv" else ","
+    table = csv.reader(_lines(file, name, dataset), delimiter=delimiter, strict=True)
+    try:
+        header = next(table, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name}: its header names a column twice ({', '.join(header)}): correct it")
+        for fields in table:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{name}, line {table.line_num}: {len(fields)} fields, but the header has {len(header)}: correct"
+                    " the line; a field with a comma or a line break needs quotes"
+                )
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{name}, line {table.line_num}: {error}: correct the line") from error
+
+
+# -- Arrow --------------------------------------------------------------------------------------------
+
+
+def _parquet(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the rows of a Parquet file; columns that nobody named are not read."""
+    try:
+        table, names = ParquetFile(file), dataset.columns.names
+        if not set(names) <= set(table.schema_arrow.names):
+            raise MissingColumns(table.schema_arrow.names)
+        for batch in table.iter_batches(BATCH, columns=names):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _arrow(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, or of a stream in a file."""
+    try:
+        with pa.memory_map(str(file)) as source:
+            try:
+                batches: Any = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                opened = pa.ipc.open_file(source)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            for batch in batches:
+                if not set(names := dataset.columns.names) <= set(batch.schema.names):
+                    raise MissingColumns(batch.schema.names)
+                yield from batch.select(names).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _saved(path: Path, dataset: Dataset) -> Iterator[Row]:
+    """Yield the rows of a directory that `datasets` saved: one dataset, or several by split."""
+    import datasets  # noqa: PLC0415  # it takes a second, and looks for its cache
+
+    try:
+        found = datasets.load_from_disk(str(path))
+        splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+        if dataset.split not in splits:
+            raise DataError(f"{dataset.name} has no split {dataset.split!r}; there are {', '.join(splits)}")
+        plain = splits[dataset.split].with_format(None)  # a saved format would convert, or hide columns
+        if not set(names := dataset.columns.names) <= set(plain.column_names):
+            raise MissingColumns(plain.column_names)
+        for batch in plain.select_columns(names).iter(batch_size=BATCH):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+        raise _unreadable(f"{dataset.name}, a directory that `datasets` saved", error) from error
+
+
+READERS: dict[str, Callable[[Path, str, Dataset], Iterator[Row]]] = {
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".tsv": _csv,
+}

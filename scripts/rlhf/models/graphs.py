@@ -28,7 +28,7 @@ class BodyGraphs:
     """The graphs of one model, which are captured as shapes come up.
 
     They share one pool of memory. It serves smaller shapes after larger ones, not the reverse: where a shape
-    is larger than all before, earlier graphs are given up, and captured again when they are needed.
+    is larger than all before, earlier graphs are dropped, and captured again when they are needed.
 
     The model must attend by kernels of variable length, and its parameters must stay where they are: it is
     not for ZeRO-3.

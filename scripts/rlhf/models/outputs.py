@@ -62,8 +62,7 @@ def per_response_token(
 
     At most `LOGITS` tokens have their logits at a time: they are computed in chunks, and again in the backward
     pass. Under ZeRO-3 they are computed at once, because processes with different numbers of chunks would
-    gather the weights of the head in different orders. It has five parameters because it chunks
-    what `response_logits` returns.
+    gather the weights of the head in different orders.
 
     Args:
         compute: logits (n, V) float32 and tokens (n,) int64 -> (..., n).

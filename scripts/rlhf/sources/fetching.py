@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf.config import catalog
 from rlhf.errors import UserError
-from rlhf.files import atomic_write, write_json
+from rlhf.files import atomic_write, walk, write_json
 from rlhf.sources import hub, lock
 from rlhf.sources.download import download
 from rlhf.store import naming
@@ -88,8 +88,8 @@ def _local(source: Source, choose: Choice) -> Fetched:
         raise UserError(
             f"{path} does not exist on the volume ({Path.cwd()}): copy it there, or correct the path"
         )
-    folder, paths = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
-    files = [p.relative_to(folder) for p in sorted(paths) if p.is_file()]
+    folder, paths = (path, walk(path)) if path.is_dir() else (path.parent, [path])
+    files = [p.relative_to(folder) for p in paths]
     try:
         chosen = choose(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
     except UserError as error:

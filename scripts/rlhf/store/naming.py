@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.files import walk
+
 
 def key(spec: Mapping[str, Any]) -> str:
     """Return the hash that names an artefact (12 hex digits).
@@ -26,7 +28,7 @@ def fingerprint(path: Path) -> str:
     It covers the name, size and modification time of every file, so an edited file gives another
     artefact. All paths that do not exist have the same fingerprint.
     """
-    files = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+    files = walk(path) if path.is_dir() else [path] if path.is_file() else []
     return _digest([(p.relative_to(path.parent).parts[1:], *_size_and_time(p)) for p in files])
 
 

@@ -236,7 +236,7 @@ class _Builder:
         """Add the tokenised rows of a stage."""
         parents = {layout.TOKENIZER: model}
         parents |= {layout.DATASET + d.name: self.dataset(d) for d in datasets}
-        rows = {d.name: d.model_dump(include={"split", "columns"}) for d in datasets}
+        rows = {d.name: d.model_dump(exclude={"revision"}) for d in datasets}
         data = self.scenario.data.model_dump()
         config = Preparation.model_validate(
             {"stage": stage, "max_tokens": max_tokens, **data, "datasets": rows}

@@ -1,7 +1,7 @@
 """What fits: micro-batch, generation batch and checkpointing, where the configuration says `auto`.
 
-A simple estimate of the memory of one process, with a margin. Explicit values are obeyed. Nothing of it changes
-a result, except through rounding, and it is no part of an artefact's name. It depends on the whole memory of
+A simple estimate of the memory of one process, with a margin. Explicit values are obeyed. What is chosen changes
+results by rounding only, and an artefact's name does not depend on it. It depends on the whole memory of
 the device, not on what is free, so that a resumed training computes as before.
 
 Source of the activations' size: Korthikanti et al. 2022, section 4.1, without dropout and attention weights.
@@ -74,7 +74,7 @@ def _kept_by_mlp(config: Any) -> int:
     """Return how many tensors of an MLP's inner width a backward pass needs."""
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", "gelu")
     if activation == "relu":
-        return 1  # its output tells its gradient
+        return 1  # its gradient follows from its output
     return 4 if activation == "silu" else 2  # a gate: both products, the activation, their product
 
 
@@ -83,7 +83,7 @@ def _count(parameters: Iterator[nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def memory(run: Run) -> int:
+def usable_bytes(run: Run) -> int:
     """Return the bytes that a process may use."""
     device = parallel.device()
     if device.type == "cuda":
@@ -102,7 +102,7 @@ def fitted_training(model: Any, config: Training, longest: int, mean: float) -> 
     run = config.run
     size = size_of(model, run, trained=True)
     rows = config.train_batch_size // run.processes
-    fixed = size.weights + size.training + logits(model)
+    fixed = size.weights + size.training + logits_bytes(model)
     return config.model_copy(update={"run": _fitted(run, size, fixed, rows, (longest, mean))})
 
 
@@ -118,7 +118,7 @@ def fitted_rlhf(models: Sequence[Any], frozen: Sequence[Any], config: Rlhf) -> R
     kept = [size_of(model, run, trained=False) for model in frozen]
     fixed = sum(s.weights + s.training for s in (actor, critic)) + sum(s.weights for s in kept)
     # Sharded weights have no copy beside them while they are trained.
-    fixed += (actor.weights if run.zero_stage < 3 else 0) + logits(models[0])
+    fixed += (actor.weights if run.zero_stage < 3 else 0) + logits_bytes(models[0])
     per_row = config.max_prompt_tokens + config.max_new_tokens
     share = config.rollout_batch_size // run.processes
     run = run.model_copy(update={"generation_batch_size": _generated(run, actor, fixed, share, per_row)})
@@ -137,13 +137,13 @@ def fitted_comparison(models: Sequence[Any], config: Eval, run: RlhfRun, prompt:
     """
     sizes = [size_of(model, run, trained=False) for model in models]
     per_row, share = prompt + config.max_new_tokens, math.ceil(config.prompts / run.processes)
-    fixed = sum(s.weights for s in (*sizes, sizes[0])) + logits(models[0])  # its decode copy too
+    fixed = sum(s.weights for s in (*sizes, sizes[0])) + logits_bytes(models[0])  # its decode copy too
     rows = _generated(run, sizes[0], fixed, share, per_row)
     micro = max(1, FEW // per_row) if run.micro_batch_size == "auto" else run.micro_batch_size
     return run.model_copy(update={"generation_batch_size": rows, "micro_batch_size": micro})
 
 
-def logits(model: Any) -> int:
+def logits_bytes(model: Any) -> int:
     """Return bytes of a chunk of logits and its gradient in 32 and 16 bits."""
     return LOGITS * model.config.vocab_size * 14
 
@@ -152,7 +152,7 @@ def _generated(run: RlhfRun, actor: Size, fixed: int, share: int, per_row: int) 
     """Return how many responses are sampled at a time: all, if their cache leaves three quarters of the rest."""
     if run.generation_batch_size != "auto":
         return run.generation_batch_size
-    room = (memory(run) - fixed) // 4
+    room = (usable_bytes(run) - fixed) // 4
     return max(1, min(share, room // (per_row * actor.cache)))
 
 
@@ -166,7 +166,7 @@ def _fitted(run: AnyRun, size: Size, fixed: int, rows: int, tokens: tuple[int, f
     ways = [run.gradient_checkpointing] if run.gradient_checkpointing != "auto" else [False, True]
     if run.micro_batch_size != "auto" and run.gradient_checkpointing != "auto":
         return run
-    available, (longest, mean) = memory(run), tokens
+    available, (longest, mean) = usable_bytes(run), tokens
 
     def need(recomputed: bool, count: int) -> int:
         # Batches that are too large for graphs are computed beside the graphs' memory.
@@ -185,7 +185,7 @@ def _fitted(run: AnyRun, size: Size, fixed: int, rows: int, tokens: tuple[int, f
         available / 2**30,
         ""
         if bytes_needed <= available
-        else ": it may not fit, for even one row is too much by this estimate",
+        else ": it may not fit: by this estimate even one row is too much",
     )
     return run.model_copy(update={"micro_batch_size": micro, "gradient_checkpointing": recomputed})
 

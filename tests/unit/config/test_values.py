@@ -211,8 +211,8 @@ SECTION = "should be a mapping with"
         ),
         (
             {"sft": {"datasets": [1]}},
-            f"sft.datasets.0 = 1 (from scenarios.a): {SECTION} name, revision, split, columns (a list of names,"
-            " or of {name, revision, split, columns})",
+            f"sft.datasets.0 = 1 (from scenarios.a): {SECTION} name, revision, split, subset, encoding, columns"
+            " (a list of names, or of {name, revision, split, subset, encoding, columns})",
         ),
         (
             {"sft": {"datasets": "x"}},

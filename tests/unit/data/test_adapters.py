@@ -139,3 +139,54 @@ def test_awkward_rows_are_read_or_left_out_with_the_reason(sample):
     else:
         with pytest.raises(Unusable, match=sample["why"]):
             adapt(sample["row"], columns, "reward")
+
+
+def messages(*turns, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+SFT_COLUMNS = Columns(prompt="prompt", response="response")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "turns"),
+    [
+        ("hi", messages("hello", first="assistant"), ("hi",)),
+        ("hi", messages("hi", "hello"), ("hi",)),
+        (messages("hi"), messages("hi", "hey", "how are you?", "hello"), ("hi", "hey", "how are you?")),
+        ("hi", messages("hey", "how are you?", "hello", first="assistant"), ("hi", "hey", "how are you?")),
+    ],
+)
+def test_messages_before_a_response_become_part_of_the_prompt(prompt, response, turns):
+    row = adapt({"prompt": prompt, "response": response}, SFT_COLUMNS, "sft")
+    assert (row.turns, row.response) == (turns, "hello")
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (messages("hi", "hello", "thanks, bye"), "last message is not the assistant's"),
+        (messages("ho", "hello"), "do not begin with the prompt"),
+        (messages("a", "b", first="assistant")[:1] + messages("c", first="assistant"), "do not take turns"),
+        ([{"role": "system", "content": "be kind"}, *messages("hi", "hello")], "system message"),
+    ],
+)
+def test_messages_that_do_not_end_in_a_response_to_the_prompt_are_dropped(response, said):
+    """huggingface/smol-course#260: what the user said is not learned as a response."""
+    with pytest.raises(Unusable, match=said):
+        adapt({"prompt": "hi", "response": response}, SFT_COLUMNS, "sft")
+
+
+def test_a_pair_of_two_conversations_is_dropped():
+    row = {"prompt": "hi", "chosen": messages("hi", "a"), "rejected": messages("hi", "b", "so?", "c")}
+    with pytest.raises(Unusable, match="do not answer the same conversation"):
+        adapt(row, Columns(prompt="prompt", chosen="chosen", rejected="rejected"), "reward")
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_rows_without_a_group_are_not_one_group(value):
+    row = {"prompt": "hi", "response": "hello", "group": value}
+    columns = Columns(prompt="prompt", response="response", group="group")
+    with pytest.raises(Unusable, match="no group in column 'group'"):
+        adapt(row, columns, "sft")

@@ -43,7 +43,7 @@ def tokenizer_path(tmp_path):
 def prepared(tmp_path, tokenizer_path, rows, stage="sft", **changes):
     (tmp_path / "set/files").mkdir(parents=True)
     jsonl.write(tmp_path / "set/files/train.jsonl", rows)
-    known = {"split": "train", "columns": catalog.COLUMNS["builtin/chitchat"]}
+    known = {"name": "builtin/chitchat", "columns": catalog.COLUMNS["builtin/chitchat"]}
     config = {"stage": stage, "max_tokens": 60, **SHARES, "datasets": {"builtin/chitchat": known}, **changes}
     config = Preparation.model_validate(config)
     preparation.prepare(config, tokenizer_path, {"builtin/chitchat": tmp_path / "set"}, tmp_path / "out")
@@ -141,6 +141,11 @@ def test_a_missing_column_is_reported_with_what_to_do(tmp_path, tokenizer_path):
             {"eval_share": 1e-9},
             r"no eval row is left for stage sft \(\d+ train and 0 eval rows from builtin/chitchat; left .*\): add"
             r" rows, or raise data.eval_share$",
+        ),
+        (
+            rows_of(90, group="all"),
+            {},
+            r"all rows are in one group, .* `columns.group` .*: name a column there that tells conversations apart$",
         ),
     ],
 )
