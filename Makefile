@@ -34,7 +34,8 @@ demo: setup ## train `tiny`, and show responses before and after RLHF
 	$(BIN)/snakemake $(TARGET)/actor $(TARGET)/eval
 	@place=$$($(BIN)/python -c "import yaml; print(yaml.safe_load(open('config.yaml')).get('pvc', '.'))")/$(TARGET); \
 	echo; sed '/^[0-9]* held-out prompts/,$$d' $$place/eval/table.txt; \
-	echo "Do not expect sense: the model has 0.46M parameters and began with random weights."; echo; \
+	case $(TARGET) in results/tiny/*) \
+	echo "Do not expect sense: the model has 0.46M parameters and began with random weights."; echo;; esac; \
 	echo "picture: $$place/curves.png"; \
 	echo "figures: $$place/eval/table.txt"; \
 	echo "chat:    $(BIN)/python scripts/chat.py $$place/actor"

@@ -244,3 +244,22 @@ def test_every_option_of_a_script_exists(command):
 @pytest.mark.parametrize("words", called("python", "-m", "snakemake_executor_plugin_kubernetes_gang"))
 def test_every_subcommand_of_the_executor_exists(words):
     assert unknown(words, ("-m", "snakemake_executor_plugin_kubernetes_gang")) == []
+
+
+def decisions() -> list[tuple[str, str]]:
+    """Return the title and the text of each entry of DECISIONS.md."""
+    parts = re.split(r"^## (.+)$", (ROOT / "DECISIONS.md").read_text(), flags=re.M)[1:]
+    return list(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True))
+
+
+@pytest.mark.parametrize(("title", "text"), decisions())
+def test_a_decision_is_dated_short_and_in_the_index(title, text):
+    date = re.match(r"\*(\d{4}-\d\d-\d\d)\*\n", text)
+    assert date, "the date is the first line"
+    assert len(text.splitlines()) <= 15
+    assert f"| {date[1]} | [{title}](#" in (ROOT / "DECISIONS.md").read_text()
+
+
+def test_decisions_are_the_newest_first():
+    dates = [text.splitlines()[0] for _, text in decisions()]
+    assert dates == sorted(dates, reverse=True)

@@ -57,9 +57,11 @@ def decode(
     """Return (B, heads, D) of the queries' dtype, as `attention.decode` does; write the new key and value.
 
     Args:
-        keys, values: (B, key-value heads, C, D), contiguous: one layer of the cache, written in place.
+        keys, values: (B, key-value heads, C, D) of any float dtype, contiguous: one layer of the cache, written
+            in place. D is one of `attention.HEAD_DIMS`.
         lengths: (B,) int64, tokens before the new one.
-        qkv: queries (B, heads, D), keys and values (B, key-value heads, D), contiguous within a row.
+        qkv: queries (B, heads, D), keys and values (B, key-value heads, D), of the cache's dtype, contiguous
+            within a row.
     """
     q, k, v = qkv
     rows, heads, places, head_dim = keys.shape
@@ -167,7 +169,7 @@ def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Ten
     """Return (B,) int64 tokens and (B,) float32 log-probabilities, as `sampling.sample` does.
 
     Args:
-        logits: (B, V), contiguous within a row.
+        logits: (B, V) of any float dtype, contiguous within a row.
         temperature: above 0.
         noise: (B,) float64 in [0, 1).
     """

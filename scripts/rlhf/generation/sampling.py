@@ -85,7 +85,8 @@ def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B,) int64 tokens, and (B,) float32 log-probabilities of them, for (B, V) logits.
+    """Return (B,) int64 tokens, and (B,) float32 log-probabilities of them, for (B, V) logits of any
+    float dtype.
 
     On CUDA, if not greedy, Triton kernels do what `draw` and `logprobs_of` do, but for rounding.
 

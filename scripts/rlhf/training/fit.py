@@ -183,9 +183,7 @@ def _fitted(run: AnyRun, size: Size, fixed: int, rows: int, tokens: tuple[int, f
         "activations recomputed" if recomputed else "nothing recomputed",
         bytes_needed / 2**30,
         available / 2**30,
-        ""
-        if bytes_needed <= available
-        else ": it may not fit: by this estimate even one row is too much",
+        "" if bytes_needed <= available else ": it may not fit: by this estimate even one row is too much",
     )
     return run.model_copy(update={"micro_batch_size": micro, "gradient_checkpointing": recomputed})
 
