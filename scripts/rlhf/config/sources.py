@@ -65,7 +65,10 @@ class Model(Section):
 class Columns(Section):
     """The columns of a dataset's rows, by what they hold."""
 
-    prompt: str = Field(description="text, or a list of messages with role and content")
+    prompt: str = Field(
+        description="text, or a list of messages; the column of `response` or `chosen` where it holds whole conversations"
+    )
+    input: str | None = Field(None, description="what the prompt is about, added to it after an empty line")
     response: str | None = Field(None, description="a response worth imitating")
     chosen: str | None = Field(None, description="the better of two responses; needs `rejected`")
     rejected: str | None = Field(None, description="the worse of two responses; needs `chosen`")
@@ -81,8 +84,8 @@ class Columns(Section):
     @property
     def names(self) -> list[str]:
         """The columns that are read."""
-        fields = (self.prompt, self.response, self.chosen, self.rejected, self.group)
-        return [name for name in fields if name is not None]
+        fields = (self.prompt, self.input, self.response, self.chosen, self.rejected, self.group)
+        return list(dict.fromkeys(name for name in fields if name is not None))
 
     @property
     def has_pairs(self) -> bool:

@@ -65,20 +65,42 @@ def adapt(row: Mapping[str, Any], columns: Columns, stage: Stage) -> Prompt:
         Unusable: a text is empty, turns do not alternate, a response does not follow the prompt, or the two
             responses are the same.
     """
-    turns = _turns(row[columns.prompt], columns.dialogue)
+    if columns.prompt in (columns.response, columns.chosen):  # a column of whole conversations
+        turns, _ = _conversation(row[columns.prompt], columns.dialogue)
+    else:
+        turns = _turns(row[columns.prompt], columns.dialogue)
+    if columns.input:
+        turns = (_with_input(turns[0], row[columns.input]), *turns[1:])
     group = _group(row[columns.group], columns.group) if columns.group else normalised(turns[0])
     if stage == "rlhf":
         return Prompt(turns, group)
     if stage == "sft":
-        turns, response = _completed(turns, row[str(columns.response or columns.chosen)])
+        turns, response = _answered(turns, row, str(columns.response or columns.chosen), columns)
         return Response(turns, group, response)
-    turns, chosen = _completed(turns, row[str(columns.chosen)])
-    others, rejected = _completed(turns, row[str(columns.rejected)])
-    if others != turns:
+    before, chosen = _answered(turns, row, str(columns.chosen), columns)
+    others, rejected = _answered(turns, row, str(columns.rejected), columns)
+    if others != before:
         raise Unusable("chosen and rejected do not answer the same conversation")
     if chosen == rejected:
         raise Unusable("both responses are the same")
-    return Preference(turns, group, chosen, rejected)
+    return Preference(before, group, chosen, rejected)
+
+
+def _answered(turns: Turns, row: Mapping[str, Any], column: str, columns: Columns) -> tuple[Turns, str]:
+    """Return the turns before the response in a column, and the response."""
+    if columns.prompt not in (columns.response, columns.chosen):
+        return _completed(turns, row[column])
+    before, response = _conversation(row[column], columns.dialogue)
+    if response is None:
+        raise Unusable("a conversation that does not end with a response")
+    return before, _response(response)
+
+
+def _with_input(instruction: str, value: Any) -> str:
+    """Return an instruction with what it is about, after an empty line."""
+    if value is not None and not isinstance(value, str):
+        raise Unusable("an input that is not text")
+    return f"{instruction}\n\n{value.strip()}" if value and value.strip() else instruction
 
 
 def _group(value: Any, column: str) -> str:
@@ -115,24 +137,66 @@ def has_turns(text: str) -> bool:
     return first is not None and first[1] == "Human" and "Assistant" in _TURN.findall(text)
 
 
+def _conversation(value: Any, dialogue: bool) -> tuple[Turns, str | None]:
+    """Return the turns of a whole conversation, and the response at its end, or None if it ends with the user."""
+    if isinstance(value, list):
+        speakers = [_message(message) for message in value]
+        if speakers and speakers[0][0] == "system":
+            raise Unusable("a system message, which is not supported")
+    elif isinstance(value, str) and dialogue:
+        names = {"Human": "user", "Assistant": "assistant"}
+        speakers = [(names[speaker], text) for speaker, text in _speakers(value)]
+        if speakers[-1] == ("assistant", ""):
+            speakers.pop()
+    else:
+        raise Unusable("a conversation that is neither messages nor, with columns.dialogue, text with turns")
+    response = speakers.pop()[1] if speakers and speakers[-1][0] == "assistant" else None
+    turns = _alternating(speakers, "user", "assistant")
+    if not all(turns):
+        raise Unusable("an empty turn")
+    return turns, response
+
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+
+
 def _message(value: Any) -> tuple[str, str]:
-    """Return a message's role and text."""
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
+    """Return a message's role and text, from OpenAI's form (role, content) or ShareGPT's (from, value)."""
+    value = value if isinstance(value, Mapping) else {}
+    fields = ("role", "content") if "role" in value else ("from", "value")
+    if not set(fields) <= value.keys():
         raise Unusable("a message without role and content")
-    if not isinstance(value["content"], str):
+    name, content = (value[field] for field in fields)
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise Unusable(f"a message of role {name!r}, which is none of {', '.join(ROLES)}")
+    if isinstance(content, list):  # parts, of which only text can be read
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise Unusable("a message with a part that is not text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
         raise Unusable("a message without text")
-    return str(value["role"]), value["content"].strip()
+    return role, content.strip()
 
 
 def _dialogue(text: str) -> Turns:
     """Split a dialogue in the format of Anthropic and Dahoas, which ends with an empty Assistant: turn."""
-    before, *pieces = _TURN.split(text.rstrip())  # speaker, text, speaker, text, ...
-    if before.strip() or not pieces:
-        raise Unusable("the prompt does not begin with a Human: turn")
-    speakers = list(zip(pieces[::2], (piece.strip() for piece in pieces[1::2]), strict=True))
+    speakers = _speakers(text)
     if speakers[-1] != ("Assistant", ""):
         raise Unusable("the prompt does not end where the Assistant: begins")
     return _alternating(speakers[:-1], "Human", "Assistant")
+
+
+def _speakers(text: str) -> list[tuple[str, str]]:
+    """Return speaker and text of each turn of a dialogue that begins with a Human: turn."""
+    before, *pieces = _TURN.split(text.rstrip())  # speaker, text, speaker, text, ...
+    if before.strip() or not pieces:
+        raise Unusable("the prompt does not begin with a Human: turn")
+    return list(zip(pieces[::2], (piece.strip() for piece in pieces[1::2]), strict=True))
 
 
 def _alternating(speakers: list[tuple[str, str]], first: str, second: str) -> Turns:

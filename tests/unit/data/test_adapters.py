@@ -84,7 +84,7 @@ def test_a_prompt_is_in_one_stage_over_all_datasets_and_however_a_conversation_c
         ("\n\nAssistant: hi\n\nHuman: ho\n\nAssistant:", "do not take turns"),
         ("\n\nHuman:  \n\nAssistant:", "an empty turn"),
         ([{"role": "system", "content": "be nice"}, {"role": "user", "content": "x"}], "system message"),
-        ([{"from": "human", "value": "x"}], "a message without role and content"),
+        ([{"from": "human"}], "a message without role and content"),
         (["hi"], "a message without role and content"),
         ([{"role": "user", "content": None}], "a message without text"),
         (None, "no prompt"),
@@ -190,3 +190,69 @@ def test_rows_without_a_group_are_not_one_group(value):
     columns = Columns(prompt="prompt", response="response", group="group")
     with pytest.raises(Unusable, match="no group in column 'group'"):
         adapt(row, columns, "sft")
+
+
+def share_gpt(*turns):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+
+
+WHOLE = Columns(prompt="chats", response="chats")
+
+
+@pytest.mark.parametrize("form", [messages, share_gpt])
+def test_a_column_of_whole_conversations_is_prompt_and_response(form):
+    row = {"chats": form("hi", "hey", "how are you?", " fine ")}
+    expected = ("hi", "hey", "how are you?")
+    assert adapt(row, WHOLE, "sft") == Response(expected, "hi", "fine")
+    assert adapt(row, WHOLE, "rlhf") == Prompt(expected, "hi")
+
+
+def test_a_conversation_that_ends_with_the_user_is_a_prompt_and_nothing_to_imitate():
+    row = {"chats": messages("hi", "hey", "how are you?")}
+    assert adapt(row, WHOLE, "rlhf").turns == ("hi", "hey", "how are you?")
+    with pytest.raises(Unusable, match="does not end with a response"):
+        adapt(row, WHOLE, "sft")
+
+
+@pytest.mark.parametrize("dialogue", [True, False])
+def test_pairs_of_whole_dialogues(dialogue):
+    """huggingface/trl#2164: Anthropic's pairs, and UltraFeedback's, have no column of prompts."""
+
+    def form(*turns):
+        named = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(turns))
+        return named if dialogue else messages(*turns)
+
+    columns = Columns(prompt="chosen", chosen="chosen", rejected="rejected", dialogue=dialogue)
+    row = {"chosen": form("hi", "hey", "so?", "yes"), "rejected": form("hi", "hey", "so?", "no")}
+    assert adapt(row, columns, "reward") == Preference(("hi", "hey", "so?"), "hi", "yes", "no")
+    other = {**row, "rejected": form("hi", "ho", "so?", "no")}
+    with pytest.raises(Unusable, match="do not answer the same conversation"):
+        adapt(other, columns, "reward")
+
+
+@pytest.mark.parametrize(("value", "prompt"), [(" 2, 3 ", "Add\n\n2, 3"), ("", "Add"), (None, "Add")])
+def test_an_input_is_added_to_its_instruction(value, prompt):
+    columns = Columns(prompt="instruction", input="input", response="output")
+    row = {"instruction": "Add", "input": value, "output": "5"}
+    assert adapt(row, columns, "sft") == Response((prompt,), prompt.casefold().replace("\n\n", " "), "5")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "critic", "content": "x"}, "role 'critic', which is none of user, human"),
+        ({"role": "user", "content": [{"type": "image"}]}, "a part that is not text"),
+        ({"role": "user", "content": None}, "without text"),
+        ({"from": "human"}, "without role and content"),
+    ],
+)
+def test_messages_that_cannot_be_read_say_why(message, said):
+    with pytest.raises(Unusable, match=said):
+        adapt({"chats": [message, *messages("a")]}, WHOLE, "rlhf")
+
+
+def test_text_parts_of_a_message_are_one_text():
+    row = {
+        "chats": [{"role": "User", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    }
+    assert adapt(row, WHOLE, "rlhf").turns == ("ab",)

@@ -42,7 +42,7 @@ def test_a_split_is_a_word_of_a_path(tmp_path, files, split, expected):
     assert found(tmp_path, files, split) == expected
 
 
-def test_a_missing_split_is_told_with_those_there_are(tmp_path):
+def test_a_missing_split_is_reported_with_those_there_are(tmp_path):
     with pytest.raises(DataError, match=r"no split 'validation'; there are test, train: correct `split`"):
         found(tmp_path, ["train.jsonl", "test.jsonl"], "validation")
 

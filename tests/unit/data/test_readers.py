@@ -234,7 +234,7 @@ def test_a_broken_table_is_reported_by_its_line(files, text, said):
         read(files, columns={"prompt": "prompt", "response": "prompt"})
 
 
-def test_a_cut_compressed_file_is_reported(files):
+def test_a_truncated_compressed_file_is_reported(files):
     (files / "train.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 9999)[:-20])
     with pytest.raises(DataError, match=r"cannot read \./data/mine/train\.jsonl\.gz"):
         read(files, columns={"prompt": "prompt"})
