@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import trainings
 from safetensors.torch import load_file
 
 from rlhf.config import training
-from rlhf.errors import UserError
+from rlhf.errors import DivergenceError, UserError
 from rlhf.training import engine
 
 STEPS = 40
@@ -138,3 +139,17 @@ def test_a_warmup_longer_than_the_training_is_warned_of(results):
         "a warm-up of 7 steps in a training of 6: the peak learning rate is not reached"
     ]
     assert (results["line"] / "warnings.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "fp16", "said"),
+    [
+        (0, False, "at step 0, before anything was learned: the weights"),
+        (3, False, "at step 3: the training stops here; lower the learning rate$"),
+        (3, True, "lower the learning rate, or train in bf16 or fp32$"),
+    ],
+)
+def test_the_remedy_against_numbers_that_are_not_finite_follows_from_the_step(steps, fp16, said):
+    trained = SimpleNamespace(global_steps=steps, fp16_enabled=lambda: fp16)
+    with pytest.raises(DivergenceError, match=f"^the loss is nan .*{said}"):
+        engine.backward(trained, torch.tensor(float("nan")))

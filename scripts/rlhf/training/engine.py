@@ -256,6 +256,11 @@ def step(engine: Any) -> float:
 
 
 def _divergence(what: str, engine: Any) -> DivergenceError:
+    if engine.global_steps == 0:
+        return DivergenceError(
+            f"{what} at step 0, before anything was learned: the weights from which the training starts hold NaN"
+            " or infinite numbers, or overflow in this dtype; check the model, or train in another dtype"
+        )
     other = ", or train in bf16 or fp32" if engine.fp16_enabled() else ""
     return DivergenceError(
         f"{what} at step {engine.global_steps}: the training stops here; lower the learning rate{other}"
