@@ -208,8 +208,8 @@ def name_results():
 
 
 def relative(result, path):
-    """A result's path, relative to the directory of its name."""
-    return os.path.relpath(path, Path(result).parent)
+    """A result's path, relative to the directory of its name, which may be behind a link."""
+    return os.path.relpath(path, os.path.realpath(Path(result).parent))
 
 
 def link_target(path):

@@ -1,7 +1,7 @@
 """Start a script as one process of every slot of every node, and write its logs.
 
 This is the one place that knows torchrun (with `run_processes.py`, which it starts) and the environment
-variables of nodes. Where a launcher has already set LOCAL_RANK, it only runs the script. Rank 0's output
+variables of nodes. Where a launcher has already set all ranks, it only runs the script. Rank 0's output
 goes to the terminal and to `--log`; the output of every other rank goes to a file below `{log}.ranks`.
 On every node but the first, the log's name ends in the node's number.
 
@@ -33,6 +33,7 @@ from rlhf.machine import visible_gpus
 # machine (`tests/bench/threads.py`).
 BRIEF_SPINNING = {"GOMP_SPINCOUNT": "1000"}
 GPU_PAUSE = 10.0  # seconds between looks for a free GPU
+RANKS = {"LOCAL_RANK", "RANK", "WORLD_SIZE"}  # what a launcher sets
 BAR_SECONDS = 10.0  # between the lines that a progress bar writes to the log
 
 
@@ -47,8 +48,11 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     program = [args.script, *args.arguments]
-    if "LOCAL_RANK" in os.environ:
+    if os.environ.keys() >= RANKS:
         os.execve(sys.executable, [sys.executable, *program], {**BRIEF_SPINNING, **os.environ})
+    if "LOCAL_RANK" in os.environ:
+        missing = " and ".join(sorted(RANKS - os.environ.keys()))
+        print(f"LOCAL_RANK is left over from something else (without {missing}) and ignored", file=sys.stderr)
     nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     if args.processes % nodes:
         raise UserError(

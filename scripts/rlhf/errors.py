@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from rlhf.machine import is_rank_zero
+from rlhf.progress import close_bars
 
 USER_ERROR = 2  # exit code of a process that ends with a `UserError`
 
@@ -59,6 +60,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

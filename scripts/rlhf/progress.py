@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
 from rlhf.machine import is_rank_zero
 
 Item = TypeVar("Item")
+BARS: WeakSet[tqdm[Any]] = WeakSet()
 
 
 def progress(
@@ -25,7 +27,7 @@ def progress(
 
     It has six parameters because tqdm has: `start` and `total` are in units, `scale` shows k, M, G.
     """
-    return tqdm(
+    bar = tqdm(
         items,
         desc=what,
         unit=unit,
@@ -36,3 +38,11 @@ def progress(
         dynamic_ncols=True,
         disable=not is_rank_zero(),
     )
+    BARS.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """End the lines of bars that an error has left open: a message on their line would not be found."""
+    for bar in list(BARS):
+        bar.close()

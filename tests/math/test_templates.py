@@ -67,7 +67,7 @@ def encoded(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick

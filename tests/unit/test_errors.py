@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from rlhf.logs import last_words
+
 PROGRAM = """
 import os, signal, sys, time
 from rlhf.errors import run_main
@@ -45,3 +47,25 @@ def test_an_interrupt_that_comes_twice_is_one_and_a_later_one_breaks_off_the_end
 def test_a_job_in_the_background_keeps_ignoring_interrupts():
     done = run(0, signal.SIG_IGN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "put in order\n", "")
+
+
+BAR = """
+import sys
+from rlhf.errors import UserError, run_main
+from rlhf.progress import progress
+
+def main():
+    for item in progress(range(9), "rows", unit="row"):
+        if item == 5:
+            raise UserError("the sixth row")
+
+run_main(main)
+"""
+
+
+def test_a_message_is_not_on_the_line_of_an_open_bar(tmp_path):
+    """Where it was, `last_words` took the bar for the reason."""
+    done = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (tmp_path / "log").write_text(done.stderr)
+    assert last_words(tmp_path / "log") == "error: the sixth row"

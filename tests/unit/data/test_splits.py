@@ -14,7 +14,7 @@ evals = st.floats(0.02, 0.9)
 groups = st.text(max_size=20)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(parts, evals, st.integers(0, 10**6))
 def test_shares_are_kept_but_for_chance(shares, eval_share, salt):
     count = 3000

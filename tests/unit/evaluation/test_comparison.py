@@ -36,7 +36,7 @@ def test_a_judge_of_length_alone_sees_nothing_at_matched_length():
 
 MEANS = ("judged_matched_length_before", "judged_matched_length_after")
 responses = st.tuples(st.sampled_from([-0.5, 0.0, 0.25, 1.0]), st.integers(0, 4))
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 @quick

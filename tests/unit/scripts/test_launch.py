@@ -130,6 +130,17 @@ def test_under_another_launcher_the_script_is_simply_run(start):
     assert process.returncode == 0
 
 
+def test_a_local_rank_that_is_left_over_is_ignored_and_reported(start, tmp_path):
+    """axolotl#1211: it was taken for another launcher's, which set nothing else."""
+    process = start("--processes", "1", LOCAL_RANK="3")
+    assert (
+        "LOCAL_RANK is left over from something else (without RANK and WORLD_SIZE)"
+        in process.communicate()[1]
+    )
+    assert process.returncode == 0
+    assert "rank 0 of 1 local 0" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_fails_fails_the_launch(start, rank):
     process = start("--processes", "2", argument=f"fail-{rank}")
