@@ -1,4 +1,4 @@
-.PHONY: help setup setup-test demo test test-quick test-k8s test-image bench bench-all bench-gpu bench-k8s image learn peer \
+.PHONY: help setup setup-test demo test test-quick test-gpu test-k8s test-image bench bench-all bench-gpu bench-k8s image learn peer \
 	picture schema lint fmt
 .DEFAULT_GOAL := help
 
@@ -45,6 +45,9 @@ test: setup-test ## unit, math, workflow and end-to-end tests
 
 test-quick: setup-test ## unit and math tests
 	$(BIN)/python tests/run_layers.py unit math
+
+test-gpu: setup-test ## tests on this machine's GPUs; their figures go to tests/gpu/RESULTS.md
+	PATH=$(abspath $(BIN)):$$PATH $(RECORD) "make test-gpu" -- $(BIN)/python -m pytest tests/gpu -p no:randomly
 
 # On a real cluster that it starts itself; says why where it cannot. K8S_REQUIRED=1 makes that an error.
 test-k8s: setup-test ## tests on a real cluster that they start

@@ -1,4 +1,4 @@
-"""Run a command and write its output into its section of docs/results.md, with date, commit and machine.
+"""Run a command and write its output into its section of a document, with date, commit and machine.
 
 python tests/record.py "make learn" -- python tests/learn/learn.py
 
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-RESULTS = PROJECT / "docs/results.md"
+DOCUMENTS = (PROJECT / "docs/results.md", PROJECT / "tests/gpu/RESULTS.md")
 
 
 def main() -> None:
@@ -25,23 +25,37 @@ def main() -> None:
     parser.add_argument("section", help="the name between its markers")
     parser.add_argument("command", nargs="+", help="what is run, after --")
     args = parser.parse_args()
-    text = replaced(RESULTS.read_text(), args.section, "")  # a missing section is an error before the hours
+    document = document_of(args.section)  # a missing section is an error before the hours
     run = subprocess.Popen(args.command, stdout=subprocess.PIPE, text=True)
     output = ""
     for line in run.stdout or ():
         print(line, end="", flush=True)
         output += line
     if run.wait() == 0:
-        text = replaced(RESULTS.read_text(), args.section, f"{origin()}\n\n```text\n{output.strip()}\n```")
-        RESULTS.write_text(text)
+        content = f"{origin()}\n\n```text\n{output.strip()}\n```"
+        document.write_text(replaced(document.read_text(), args.section, content))
     sys.exit(run.returncode)
+
+
+def document_of(section: str) -> Path:
+    """Return the document that has a section."""
+    begin, end = markers(section)
+    for document in DOCUMENTS:
+        if begin in (text := document.read_text()) and end in text:
+            return document
+    raise SystemExit(
+        f"no document has a section {section!r}: add the lines {begin} and {end} to {DOCUMENTS[0]}"
+    )
+
+
+def markers(section: str) -> tuple[str, str]:
+    """Return the lines before and after a section."""
+    return f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
 
 
 def replaced(text: str, section: str, content: str) -> str:
     """Return `text` with other content between a section's markers."""
-    begin, end = f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
-    if not (begin in text and end in text):
-        raise SystemExit(f"{RESULTS} has no section {section!r}: add the lines {begin} and {end}")
+    begin, end = markers(section)
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 

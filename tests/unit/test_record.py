@@ -1,4 +1,4 @@
-"""`tests/record.py`: a command's output in its section of docs/results.md."""
+"""`tests/record.py`: a command's output in its section of a document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ TEXT = "# Results\n<!-- begin: a -->\nold\n<!-- end: a -->\nbetween\n<!-- begin:
 def run(monkeypatch, tmp_path, program, section="a"):
     results = tmp_path / "results.md"
     results.write_text(TEXT)
-    monkeypatch.setattr(record, "RESULTS", results)
+    other = tmp_path / "other.md"
+    other.write_text("# Others\n")
+    monkeypatch.setattr(record, "DOCUMENTS", (other, results))
     monkeypatch.setattr(sys, "argv", ["record.py", section, "--", sys.executable, "-c", program])
     with pytest.raises(SystemExit) as end:
         record.main()
@@ -38,5 +40,5 @@ def test_a_command_that_fails_changes_nothing(monkeypatch, tmp_path):
 
 def test_a_section_that_is_missing_is_an_error_before_the_command_runs(monkeypatch, tmp_path):
     code, text = run(monkeypatch, tmp_path, "raise SystemExit(3)", section="c")
-    assert "has no section 'c'" in code
+    assert "no document has a section 'c'" in code
     assert text == TEXT
