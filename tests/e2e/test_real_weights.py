@@ -23,7 +23,7 @@ COLUMNS = "{prompt: prompt, chosen: chosen, rejected: rejected}"  # each prompt 
 DATASETS = f"[{{name: ./pairs.jsonl, columns: {COLUMNS}}}]"
 LORA = "{dim: 8, alpha: 8, learning_rate: 1.0e-4}"  # else states would hold moments of 135M weights
 SUPERVISED = f"""datasets: {DATASETS}
-      dtype: bf16
+      dtype: fp32  # CPUs without instructions for bf16 take ten times as long in it
       epochs: null
       steps: 2
       train_batch_size: 4
@@ -42,7 +42,7 @@ scenarios:
       {SUPERVISED}
     rlhf:
       datasets: {DATASETS}
-      dtype: bf16
+      dtype: fp32  # CPUs without instructions for bf16 take ten times as long in it
       max_prompt_tokens: 60
       iterations: 2
       rollout_batch_size: 4
