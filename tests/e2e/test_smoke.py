@@ -144,7 +144,11 @@ def test_tensorboard_shows_the_metrics_of_every_stage(smoke):
         board = EventAccumulator(str(smoke.volume / "logs/tensorboard" / stage / artefact.name)).Reload()
         lines = [json.loads(line) for line in (artefact / "metrics.jsonl").read_text().splitlines()]
         names = {name for line in lines for name in line if name != "step"}
-        assert set(board.Tags()["scalars"]) == {*names, "seconds"}
+        speeds = {"seconds", "samples_per_second", "tokens_per_second"}
+        assert set(board.Tags()["scalars"]) == names | speeds
+        run = json.loads((artefact / "run.json").read_text())
+        assert run["speed"].keys() >= speeds
+        assert run["decided"]["micro_batch_size"] == run["run"]["micro_batch_size"]
         for name in names:
             drawn = {event.step: event.value for event in board.Scalars(name)}
             assert drawn == pytest.approx(
