@@ -154,14 +154,14 @@ def test_json_is_read_by_lines_only_where_it_is_lines(files, text, said):
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])
 def test_another_encoding_is_said_and_can_be_named(files, ending):
-    text = {".jsonl": '{"prompt": "caf\u00e9", "response": "x"}\n', ".csv": "prompt,response\ncaf\u00e9,x\n"}[
+    text = {".jsonl": '{"prompt": "\u00fcber", "response": "x"}\n', ".csv": "prompt,response\n\u00fcber,x\n"}[
         ending
     ]
     (files / f"train{ending}").write_bytes(text.encode("cp1252"))
     columns = {"prompt": "prompt", "response": "response"}
     with pytest.raises(DataError, match=rf"train{ending}, line \d: not UTF-8 .*`encoding`.*cp1252"):
         read(files, columns=columns)
-    assert read(files, columns=columns, encoding="cp1252") == [{"prompt": "caf\u00e9", "response": "x"}]
+    assert read(files, columns=columns, encoding="cp1252") == [{"prompt": "\u00fcber", "response": "x"}]
 
 
 COMPRESS = {
