@@ -65,7 +65,7 @@ def adapt(row: Mapping[str, Any], columns: Columns, stage: Stage) -> Prompt:
         Unusable: a text is empty, turns do not alternate, a response does not follow the prompt, or the two
             responses are the same.
     """
-    if columns.prompt in (columns.response, columns.chosen):  # a column of whole conversations
+    if columns.holds_conversations:
         turns, _ = _conversation(row[columns.prompt], columns.dialogue)
     else:
         turns = _turns(row[columns.prompt], columns.dialogue)
@@ -88,7 +88,7 @@ def adapt(row: Mapping[str, Any], columns: Columns, stage: Stage) -> Prompt:
 
 def _answered(turns: Turns, row: Mapping[str, Any], column: str, columns: Columns) -> tuple[Turns, str]:
     """Return the turns before the response in a column, and the response."""
-    if columns.prompt not in (columns.response, columns.chosen):
+    if not columns.holds_conversations:
         return _completed(turns, row[column])
     before, response = _conversation(row[column], columns.dialogue)
     if response is None:
@@ -118,10 +118,7 @@ def normalised(text: str) -> str:
 def _turns(value: Any, dialogue: bool) -> Turns:
     """Return the turns of a prompt: a list of messages, text with Human: and Assistant:, or plain text."""
     if isinstance(value, list):
-        speakers = [_message(message) for message in value]
-        if speakers and speakers[0][0] == "system":
-            raise Unusable("a system message, which is not supported")
-        turns = _alternating(speakers, "user", "assistant")
+        turns = _alternating(_messages(value), "user", "assistant")
     elif not isinstance(value, str):
         raise Unusable("no prompt" if value is None else "a prompt that is not text")
     else:
@@ -140,9 +137,7 @@ def has_turns(text: str) -> bool:
 def _conversation(value: Any, dialogue: bool) -> tuple[Turns, str | None]:
     """Return the turns of a whole conversation, and the response at its end, or None if it ends with the user."""
     if isinstance(value, list):
-        speakers = [_message(message) for message in value]
-        if speakers and speakers[0][0] == "system":
-            raise Unusable("a system message, which is not supported")
+        speakers = _messages(value)
     elif isinstance(value, str) and dialogue:
         names = {"Human": "user", "Assistant": "assistant"}
         speakers = [(names[speaker], text) for speaker, text in _speakers(value)]
@@ -162,6 +157,14 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     "system": "system",
 }
+
+
+def _messages(value: list[Any]) -> list[tuple[str, str]]:
+    """Return role and text of each message of a list."""
+    messages = [_message(message) for message in value]
+    if messages and messages[0][0] == "system":
+        raise Unusable("a system message, which is not supported")
+    return messages
 
 
 def _message(value: Any) -> tuple[str, str]:
@@ -215,11 +218,9 @@ def _completed(turns: Turns, value: Any) -> tuple[Turns, str]:
     """
     if not isinstance(value, list):
         return turns, _response(value)
-    *before, (role, text) = [_message(message) for message in value] or [("assistant", "")]
+    *before, (role, text) = _messages(value) or [("assistant", "")]
     if role != "assistant":
         raise Unusable("a response whose last message is not the assistant's")
-    if before and before[0][0] == "system":
-        raise Unusable("a system message, which is not supported")
     if before and before[0][0] == "assistant":
         before = [*zip(("user", "assistant") * len(turns), turns, strict=False), *before]
     spoken = _alternating(before, "user", "assistant") if before else turns

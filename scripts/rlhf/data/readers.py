@@ -68,12 +68,17 @@ def read(artefact: Path, dataset: Dataset) -> Iterator[Row]:
 
 def _named(rows: Iterator[Row], dataset: Dataset) -> Iterator[Row]:
     """Yield rows with the named columns alone."""
-    first, names = list(islice(rows, BATCH)), dataset.columns.names
-    present = list(dict.fromkeys(name for row in first for name in row))
-    if first and not set(names) <= set(present):
-        raise MissingColumns(present)
+    first = list(islice(rows, BATCH))
+    names = _found(list(dict.fromkeys(name for row in first for name in row)), dataset) if first else []
     for row in chain(first, rows):
         yield {name: row.get(name) for name in names}
+
+
+def _found(present: list[str], dataset: Dataset) -> list[str]:
+    """Return the named columns, if all of them are present."""
+    if not set(dataset.columns.names) <= set(present):
+        raise MissingColumns(present)
+    return dataset.columns.names
 
 
 def _as_written(file: Path, path: Path, name: str) -> str:
@@ -155,21 +160,28 @@ def _row(line: str) -> Row:
         _Invalid: it holds none, or one that is ambiguous or no text.
     """
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        return _checked(json.loads(line, object_pairs_hook=_unique), line)
     except (ValueError, RecursionError):
         raise _Invalid("not JSON") from None
-    if not isinstance(row, dict):
-        raise _Invalid("not a JSON object")
-    if "\\ud" in line.lower() and _has_half_a_pair(row):
-        raise _Invalid("half a surrogate pair, which is no character")
-    return row
 
 
 def _is_row(line: str) -> bool:
+    """Return whether a line holds an object, or nothing."""
     try:
-        return not line.strip() or bool(_row(line)) or True
+        if line.strip():
+            _row(line)
     except _Invalid:
         return False
+    return True
+
+
+def _checked(value: Any, text: str) -> Row:
+    """Return what was read from JSON, if it is an object whose texts are text."""
+    if not isinstance(value, dict):
+        raise _Invalid("not a JSON object")
+    if "\\ud" in text.lower() and _has_half_a_pair(value):
+        raise _Invalid("half a surrogate pair, which is no character")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
@@ -208,9 +220,11 @@ def _json_list(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
         if text.startswith("]", place):
             return
         try:
-            row, end = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, place)
+            row = _checked(value, text[place:end])
         except _Invalid as error:
-            raise DataError(f"{name}, entry {number + 1}: {error}: correct or remove it") from None
+            shown = _shown(" ".join(text[place : place + 2 * SHOWN].split()))
+            raise DataError(f"{name}, entry {number + 1}: {error} ({shown}): correct or remove it") from None
         except (ValueError, RecursionError) as error:
             if not more:
                 shown = _shown(text[place : place + 2 * SHOWN])
@@ -219,10 +233,6 @@ def _json_list(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
             text, place, more = text[place:] + added, 0, bool(added)
             continue
         number, place = number + 1, end
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{name}, entry {number}: not a JSON object ({_shown(str(row))}): correct or remove it"
-            )
         yield row
 
 
@@ -265,10 +275,8 @@ def _csv(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
 def _parquet(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
     """Yield the rows of a Parquet file; columns that nobody named are not read."""
     try:
-        table, names = ParquetFile(file), dataset.columns.names
-        if not set(names) <= set(table.schema_arrow.names):
-            raise MissingColumns(table.schema_arrow.names)
-        for batch in table.iter_batches(BATCH, columns=names):
+        table = ParquetFile(file)
+        for batch in table.iter_batches(BATCH, columns=_found(table.schema_arrow.names, dataset)):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, error) from error
@@ -284,9 +292,7 @@ def _arrow(file: Path, name: str, dataset: Dataset) -> Iterator[Row]:
                 opened = pa.ipc.open_file(source)
                 batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
             for batch in batches:
-                if not set(names := dataset.columns.names) <= set(batch.schema.names):
-                    raise MissingColumns(batch.schema.names)
-                yield from batch.select(names).to_pylist()
+                yield from batch.select(_found(batch.schema.names, dataset)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, error) from error
 
@@ -301,9 +307,7 @@ def _saved(path: Path, dataset: Dataset) -> Iterator[Row]:
         if dataset.split not in splits:
             raise DataError(f"{dataset.name} has no split {dataset.split!r}; there are {', '.join(splits)}")
         plain = splits[dataset.split].with_format(None)  # a saved format would convert, or hide columns
-        if not set(names := dataset.columns.names) <= set(plain.column_names):
-            raise MissingColumns(plain.column_names)
-        for batch in plain.select_columns(names).iter(batch_size=BATCH):
+        for batch in plain.select_columns(_found(plain.column_names, dataset)).iter(batch_size=BATCH):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except (ValueError, OSError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:

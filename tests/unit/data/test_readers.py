@@ -221,6 +221,20 @@ def test_a_list_longer_than_what_is_read_at_a_time(files, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ('{"prompt": "\\ud83d"}', "half a surrogate pair"),
+        ('{"prompt": 1, "prompt": 2}', "the key 'prompt' twice"),
+        ("[1, 2]", "not a JSON object"),
+    ],
+)
+def test_entries_of_a_list_are_checked_as_lines_are(files, entry, said):
+    (files / "train.json").write_text(f'[{{"prompt": "x"}},\n{entry}]')
+    with pytest.raises(DataError, match=rf"train\.json, entry 2: {said}.*: correct or remove it"):
+        read(files, columns={"prompt": "prompt"})
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("prompt,response\na,b\nc,d,e\n", "line 3: 3 fields, but the header has 2"),
