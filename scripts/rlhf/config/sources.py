@@ -80,6 +80,16 @@ class Columns(Section):
     def conflicts(self) -> Iterator[Conflict]:
         if (self.chosen is None) != (self.rejected is None):
             yield ("chosen", "rejected"), "chosen and rejected need each other: name both or none"
+        if self.input is not None and self.holds_conversations:
+            yield (
+                ("input", "prompt"),
+                f"{self.prompt} holds whole conversations, to which nothing is added: leave input out",
+            )
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether one column holds a whole conversation: the prompt and its response."""
+        return self.prompt in (self.response, self.chosen)
 
     @property
     def names(self) -> list[str]:

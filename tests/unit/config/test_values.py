@@ -140,6 +140,7 @@ def test_an_unknown_dataset_is_reported_with_what_there_is():
     [
         ("a/b", "the columns of a/b are not known: name them, for example {name: a/b, columns: {prompt:"),
         ({"name": "a/b", "columns": {"prompt": "p", "chosen": "c"}}, "chosen and rejected need each other"),
+        ({"name": "a/b", "columns": {"prompt": "m", "response": "m", "input": "i"}}, "leave input out"),
         (
             {"name": "a/b", "columns": {"prompt": "p"}},
             "the SFT stage imitates responses, a/b has none: name its column as `response` or `chosen`",
