@@ -18,9 +18,11 @@ import gc
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from launch import single_process
 from torch.profiler import ProfilerActivity, profile
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
@@ -41,13 +44,6 @@ from rlhf.training import engine, ppo, reward, rollout, sft, state, supervised
 from rlhf.training.paths import Paths
 
 PROJECT = Path(__file__).resolve().parents[1]
-ONE_PROCESS = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
 TOKENS, PAD, NEVER = 256, 1, -1  # of a prompt and of a response; ids
 WARM_UP, STEPS, ITERATIONS = 32, 48, 7
 ACTOR = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
@@ -98,7 +94,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU: this benchmark needs one")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.update({name: os.environ.get(name, value) for name, value in ONE_PROCESS.items()})
+    os.environ.update(single_process())
     config = load_config(yaml.safe_load((PROJECT / "config.yaml").read_text())).scenarios["single-gpu"]
     engine.start(config.sft.run, config.sft.dtype)
     limits, found = measured_limits(), []
@@ -113,7 +109,8 @@ def main() -> None:
         for case in args.cases or CASES:
             stage, changes = CASES[case]
             measure = ppo_figures if stage == "rlhf" else supervised_figures
-            found.append(measure(case, changed(getattr(config, stage), changes), root, limits))
+            with redirect_stdout(sys.stderr):  # DeepSpeed prints what its optimizer needs
+                found.append(measure(case, changed(getattr(config, stage), changes), root, limits))
             print(text(found[-1]), flush=True)
             gc.collect()
             torch.cuda.empty_cache()
@@ -232,19 +229,18 @@ def supervised_figures(case: str, config: Training, root: Path, limits: Limits) 
     rates, seconds, gpu = list[tuple[float, float]](), list[float](), dict[str, float]()
     step = supervised._step
 
-    def timed(task: Any, trained: Any, rows: Any, micro: int) -> Any:
+    def measured(task: Any, trained: Any, rows: Any, micro: int) -> Any:
         result: list[Any] = []
         run = lambda: result.append(step(task, trained, rows, micro))  # noqa: E731
         if len(seconds) == STEPS - 1:
             gpu.update(kernel_times(run))
         seconds.append(seconds_of(run) if not gpu else float("nan"))
-        tokens = sum(len(part) for row in rows for part in row)
-        tokens += 0 if is_sft else sum(len(row[0]) for row in rows)  # each response has its prompt
+        tokens = supervised._tokens_read(np.array([[len(part) for part in row] for row in rows])).sum()
         rates.append((len(rows) / seconds[-1], tokens / seconds[-1]))
         return result[0]
 
     torch.cuda.reset_peak_memory_stats()
-    supervised._step = timed
+    supervised._step = measured
     try:
         with tempfile.TemporaryDirectory() as folder:
             paths = Paths(root / ("sft" if is_sft else "reward"), Path(folder, "work"), Path(folder, "board"))

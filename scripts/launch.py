@@ -61,7 +61,7 @@ def main() -> None:
     log = args.log.with_name(f"{args.log.name}.node-{node}") if node else args.log
     if args.processes == 1:
         command = [sys.executable, *program]
-        environment = _single_process()
+        environment = single_process()
     else:
         command = [*_torchrun(nodes, node, args.processes // nodes, log), *program]
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # else torchrun warns
@@ -112,7 +112,7 @@ def _lock_file(path: Path) -> int:
     return file
 
 
-def _single_process() -> dict[str, str]:
+def single_process() -> dict[str, str]:
     """Return what torchrun would set for one process. Port 0 is any free port: nobody else needs it."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -26,6 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "math"))
 import trainings
+from launch import single_process
 
 PROJECT = Path(__file__).resolve().parents[2]
 WAITING = {
@@ -33,14 +34,7 @@ WAITING = {
     "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
     "brief": {"GOMP_SPINCOUNT": "1000"},  # as `launch.py` sets it
 }
-ONE_PROCESS = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-    "DS_ACCELERATOR": "cpu",
-}
+ONE_PROCESS = {**single_process(), "DS_ACCELERATOR": "cpu"}
 
 
 def child(root: Path, iterations: int, threads: int) -> None:

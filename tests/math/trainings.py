@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
+from launch import single_process
 
 from rlhf import parallel
 from rlhf.config import stages, training
@@ -247,20 +248,15 @@ def side_by_side(path: Path, sources: dict[str, Path], cases: list[dict], proces
     shares = [cases[i::processes] for i in range(processes)]
     places = [path / f"share-{i}" for i in range(processes)]
     started = []
-    ranks = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
     for where, share in zip(places, shares, strict=True):
         where.mkdir()
         plan = write_plan(where, 1, sources, share, each=True)
         with (where / "log").open("wb") as log:
             command = [sys.executable, __file__, str(plan)]
             started.append(
-                subprocess.Popen(command, env=environment() | ranks, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    command, env=environment() | single_process(), stdout=log, stderr=subprocess.STDOUT
+                )
             )
     for where, process in zip(places, started, strict=True):
         assert process.wait() == 0, (where / "log").read_text()[-6000:]
