@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import FrameType
 
 from rlhf.machine import is_rank_zero
-from rlhf.progress import close_bars
 
 USER_ERROR = 2  # exit code of a process that ends with a `UserError`
 
@@ -60,6 +59,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        # Imported here: a command that starts no job needs no bars.
+        from rlhf.progress import close_bars  # noqa: PLC0415
+
         close_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
