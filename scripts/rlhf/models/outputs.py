@@ -67,13 +67,14 @@ def per_response_token(
     Args:
         compute: logits (n, V) float32 and tokens (n,) int64 -> (..., n).
     """
-    predicting, tokens = _predicting(model, batch, labels), batch.ids[labels]  # (N, H), (N,)
+    tokens = batch.ids[labels]  # (N,)
+    if len(tokens) <= LOGITS or is_sharded(model):
+        return compute(response_logits(model, batch, labels, temperature), tokens)
 
     def chunk(hidden: Tensor, of: Tensor) -> Tensor:
         return compute(_logits(model, hidden, temperature), of)
 
-    if len(tokens) <= LOGITS or is_sharded(model):
-        return chunk(predicting, tokens)
+    predicting = _predicting(model, batch, labels)  # (N, H)
     parts = zip(predicting.split(LOGITS), tokens.split(LOGITS), strict=True)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.cat([checkpoint(chunk, hidden, of, **options) for hidden, of in parts], -1)
