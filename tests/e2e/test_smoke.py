@@ -238,22 +238,6 @@ def test_an_actor_comes_with_the_names_of_what_it_was_built_from(smoke):
     shutil.rmtree(results / "other")
 
 
-def test_results_may_be_a_link_to_another_place(smoke, tmp_path):
-    """LCR-BCCRC/lcr-modules#51: names led nowhere after the whole training."""
-    results, kept = smoke.volume / "results", tmp_path / "deep/down/results"
-    artefact = smoke.artefact("smoke/rlhf/actor")
-    shutil.move(results, tmp_path / "kept")
-    kept.mkdir(parents=True)
-    results.symlink_to(kept)
-    try:
-        smoke.snakemake(ACTOR)
-        assert smoke.artefact("smoke/rlhf/actor") == artefact
-        assert smoke.jobs(ACTOR) == {}
-    finally:
-        results.unlink()
-        shutil.move(tmp_path / "kept", results)
-
-
 def test_a_second_scenario_that_differs_in_ppo_runs_ppo_only(smoke):
     config = "scenarios: {other: {base: smoke, rlhf: {kl_coef: 0.5}}}"
     assert smoke.jobs("results/other/rlhf/actor", config=config) == {"rlhf": 1, **NAMES}

@@ -1,4 +1,4 @@
-"""Settings that say how a stage is executed change no result, and optional features work together."""
+"""Settings that say how and where a stage is executed change no result, and optional features work together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.training.metric_names import PPO_METRICS
+
+ACTOR = "results/smoke/rlhf/actor"
 
 
 def column(path, name):
@@ -112,3 +114,19 @@ def distance(one, other):
     """Return the norm of the difference of two models' weights."""
     assert one.keys() == other.keys()
     return float(torch.stack([(one[key] - other[key]).norm() for key in one]).norm())
+
+
+def test_results_may_be_a_link_to_another_place(smoke, tmp_path):
+    """LCR-BCCRC/lcr-modules#51: names led nowhere after the whole training."""
+    results, kept = smoke.volume / "results", tmp_path / "deep/down/results"
+    artefact = smoke.artefact("smoke/rlhf/actor")
+    shutil.move(results, tmp_path / "kept")
+    kept.mkdir(parents=True)
+    results.symlink_to(kept)
+    try:
+        smoke.snakemake(ACTOR)
+        assert smoke.artefact("smoke/rlhf/actor") == artefact
+        assert smoke.jobs(ACTOR) == {}
+    finally:
+        results.unlink()
+        shutil.move(tmp_path / "kept", results)
