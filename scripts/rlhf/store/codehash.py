@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -63,18 +62,20 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Yield the dotted names that a file imports from `rlhf`, anywhere in it.
+@cache  # several entries reach the same file, and walking through it takes milliseconds
+def _imports(path: Path) -> list[str]:
+    """Return the dotted names that a file imports from `rlhf`, anywhere in it.
 
-    `from a.b import c` may mean the module a.b.c or a name in the module a.b. Both are yielded; the
+    `from a.b import c` may mean the module a.b.c or a name in the module a.b. Both are returned; the
     caller ignores names that are no files.
     """
+    found: list[str] = []
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("rlhf."))
+            found += [alias.name for alias in node.names if alias.name.startswith("rlhf.")]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rlhf":
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 @cache
