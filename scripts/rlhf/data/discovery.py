@@ -8,6 +8,7 @@ names a split, and to the subset that is its directory. A single file is read wh
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ def files_of(root: Path, dataset: Dataset) -> list[Path]:
     names = [n for n in names if format_of(n) and not any(part.startswith(".") for part in n.split("/"))]
     configs = _configs(root, dataset)
     if configs:
-        splits = _by_card(_chosen(configs, dataset), names)
+        splits = _by_card(_chosen(configs, dataset), names, dataset)
     elif len(names) == 1:
         splits = {"train": names, _split_of(names[0]) or "train": names}
     else:
@@ -148,14 +149,26 @@ def _chosen(configs: dict[str, Any], dataset: Dataset) -> list[Any]:
     return [configs[name]["data_files"] for name in names]
 
 
-def _by_card(chosen: Sequence[Any], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return split -> files, from `data_files`: a pattern, several, or a list of splits with patterns."""
+def _by_card(chosen: Sequence[Any], names: Sequence[str], dataset: Dataset) -> dict[str, list[str]]:
+    """Return split -> files, from `data_files`: a pattern, several, or a list of splits with patterns.
+
+    Raises:
+        DataError: they are something else.
+    """
     splits: dict[str, list[str]] = {}
     for data_files in chosen:
         entries = data_files if isinstance(data_files, list) else [data_files]
         for entry in entries:
-            split, paths = (entry["split"], entry["path"]) if isinstance(entry, Mapping) else ("train", entry)
-            for pattern in paths if isinstance(paths, list) else [paths]:
+            split, paths = (
+                (entry.get("split"), entry.get("path")) if isinstance(entry, Mapping) else ("train", entry)
+            )
+            patterns = paths if isinstance(paths, list) else [paths]
+            if not (split and all(isinstance(pattern, str) for pattern in patterns)):
+                raise DataError(
+                    f"{dataset.name}/{CARD}: `data_files` has {json.dumps(entry, default=str)}, which needs a `split` and a"
+                    " `path`, or to be a pattern: correct the card, or remove its `configs`"
+                )
+            for pattern in patterns:
                 splits.setdefault(str(split), []).extend(_matching(names, pattern))
     return {split: found for split, found in splits.items() if found}
 

@@ -94,6 +94,13 @@ def test_a_card_decides_where_there_is_one(tmp_path, split, subset, expected):
     assert found(tmp_path, FILES, split, subset) == expected
 
 
+@pytest.mark.parametrize("entry", ["{split: train}", '{path: "*.jsonl"}', "{split: train, path: [1]}", "7"])
+def test_a_card_with_files_of_another_form_is_refused(tmp_path, entry):
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_files: [{entry}]\n---\n")
+    with pytest.raises(DataError, match=r"`data_files` has .*: correct the card"):
+        found(tmp_path, FILES)
+
+
 def test_a_card_without_a_default_asks_for_a_subset(tmp_path):
     (tmp_path / "README.md").write_text(CARD.replace("  default: true\n", ""))
     with pytest.raises(DataError, match=r"2 subsets \(chats, pairs\)"):
