@@ -62,9 +62,9 @@ def replaced(text: str, section: str, content: str) -> str:
 
 def origin() -> str:
     """Say when, from which commit and on which machine figures are."""
-    commit = git("rev-parse", "--short", "HEAD") + (
-        "" if not git("status", "--porcelain", "-uno") else " with changes"
-    )
+    others = [f":!{document.relative_to(PROJECT)}" for document in DOCUMENTS]  # they hold other figures
+    changed = git("status", "--porcelain", "-uno", "--", ".", *others)
+    commit = git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     return f"{datetime.date.today()}, commit {commit}, {processor()}, {os.cpu_count()} cores."
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -73,7 +74,8 @@ def train(volume: Path, results: Path, ppo: Path, output: Path, seed: int) -> fl
         eval_dataset=dataset.select(range(config["rollout_batch_size"])),
     )
     started = time.time()
-    trainer.train()
+    with redirect_stdout(sys.stderr):  # TRL prints every batch's metrics
+        trainer.train()
     seconds = time.time() - started
     saving.save(trainer.policy_model, tokenizer, output / "actor", config["temperature"])
     return seconds / trainer.args.total_episodes
