@@ -226,17 +226,18 @@ def supervised_figures(case: str, config: Training, root: Path, limits: Limits) 
     task = (sft if is_sft else reward).task(PAD, width)
     # A frozen weight has no gradient of its own.
     per_token = (4 if config.lora else 6) * parameters(model)
-    rates, seconds, gpu = list[tuple[float, float]](), list[float](), dict[str, float]()
     step = supervised._step
+    steps, ends, gpu = list[supervised.Step](), list[float](), dict[str, float]()
 
-    def measured(task: Any, trained: Any, rows: Any, micro: int) -> Any:
+    def measured(task: Any, trained: Any, content: supervised.Step) -> Any:
         result: list[Any] = []
-        run = lambda: result.append(step(task, trained, rows, micro))  # noqa: E731
-        if len(seconds) == STEPS - 1:
+        run = lambda: result.append(step(task, trained, content))  # noqa: E731
+        if len(steps) == STEPS - 1:
             gpu.update(kernel_times(run))
-        seconds.append(seconds_of(run) if not gpu else float("nan"))
-        tokens = supervised._tokens_read(np.array([[len(part) for part in row] for row in rows])).sum()
-        rates.append((len(rows) / seconds[-1], tokens / seconds[-1]))
+        else:
+            seconds_of(run)
+        steps.append(content)
+        ends.append(time.perf_counter())  # from one to the next: all that a step costs
         return result[0]
 
     torch.cuda.reset_peak_memory_stats()
@@ -247,11 +248,14 @@ def supervised_figures(case: str, config: Training, root: Path, limits: Limits) 
             supervised.train(task, model, config, 1, paths)
     finally:
         supervised._step = step
-    samples, tokens = (median(column) for column in zip(*rates[WARM_UP:-1], strict=True))
+    seconds = np.diff(ends)[WARM_UP:-1]
+    counted = steps[WARM_UP + 1 : -1]
+    samples = median(content.rows / s for content, s in zip(counted, seconds, strict=True))
+    tokens = median(content.tokens / s for content, s in zip(counted, seconds, strict=True))
     flops = tokens * per_token
     return Figures(
         case, samples, tokens, flops, flops / limits.matrix, flops / limits.matrix, peak(),
-        {"step": median(seconds[WARM_UP:-1])}, gpu=gpu,
+        {"step": float(median(seconds))}, gpu=gpu,
     )  # fmt: skip
 
 
@@ -301,8 +305,14 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 
 def peak() -> float:
-    """Return the peak memory of tensors since the last reset, in GiB."""
-    return torch.cuda.max_memory_allocated() / 2**30
+    """Return the peak memory of tensors since the last reset, in GiB, and of what graphs use in replays."""
+    in_graphs = sum(
+        block["size"]
+        for segment in torch.cuda.memory_snapshot()
+        for block in segment["blocks"]
+        if segment["segment_pool_id"] != (0, 0) and block["state"] == "inactive"
+    )
+    return (torch.cuda.max_memory_allocated() + in_graphs) / 2**30
 
 
 KERNELS = {

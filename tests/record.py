@@ -62,7 +62,8 @@ def replaced(text: str, section: str, content: str) -> str:
 
 def origin() -> str:
     """Say when, from which commit and on which machine figures are."""
-    others = [f":!{document.relative_to(PROJECT)}" for document in DOCUMENTS]  # they hold other figures
+    # A document that has just got other figures is no change.
+    others = [f":!{d.relative_to(PROJECT)}" for d in DOCUMENTS if d.is_relative_to(PROJECT)]
     changed = git("status", "--porcelain", "-uno", "--", ".", *others)
     commit = git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     return f"{datetime.date.today()}, commit {commit}, {processor()}, {os.cpu_count()} cores."

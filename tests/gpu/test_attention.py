@@ -101,7 +101,8 @@ def test_gradients_are_as_near_to_fp32_by_kernel_as_padded(model, figure):
 
     def gradient(width):
         model.zero_grad()
-        sft.task(PAD, width).loss(model.train(), rows).backward()
+        task = sft.task(PAD, width)
+        task.loss(model.train(), task.arrange(rows)).backward()
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
     exact = gradient(None)

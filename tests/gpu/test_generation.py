@@ -15,7 +15,7 @@ from rlhf.generation.sampling import Sampling, draw, logprobs_of, sample, unifor
 from rlhf.models import lora
 from rlhf.models.outputs import response_logprobs
 from rlhf.training.ppo_math import sampling_mismatch
-from rlhf.training.rollout import right_padded, scatter
+from rlhf.training.rollout import compacted, scatter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PAD, EOS, NEVER = 1, 2, -1
@@ -125,7 +125,7 @@ def test_in_bf16_sampler_and_trainer_are_one_policy(name, adapters, figure):
             for layer in lora.layers(model).values():
                 layer.lora_B.normal_(std=0.05)
     generated = sampled(model, Sampling(40, 1.0, NEVER, PAD))
-    batch, labels = right_padded(
+    batch, labels = compacted(
         generated.batch, generated.response_mask, torch.arange(len(LENGTHS), device="cuda")
     )
     with torch.no_grad():

@@ -19,6 +19,7 @@ from rlhf.config.batch import plan_batch
 from rlhf.data.rows import Rows
 from rlhf.models import loading, sharding
 from rlhf.training import engine, sft
+from rlhf.training.wrapped import unwrap
 
 ROWS = 8  # in a batch
 ZERO, MICRO_BATCH_SIZES = (0, 1, 2, 3), (4, 2, 1)
@@ -45,16 +46,17 @@ def engine_of(actor: Path, run: training.TrainingRun) -> Any:
 def accumulate(trained: Any, rows: list, start: int, size: int) -> None:
     """Add the gradient of the micro-batch that begins at row `start`."""
     task = sft.task(trainings.PAD)
-    engine.backward(trained, trained(task.loss, rows[start : start + size]) / task.terms(rows))
+    arranged = task.arrange(rows[start : start + size])
+    engine.backward(trained, trained(task.loss, arranged) / task.terms(rows))
 
 
 def step(actor: Path, rows: list, run: training.TrainingRun) -> dict[str, Any]:
     """Return the gradient's norm, and by how much one step over `rows` moves each weight."""
     trained, size = engine_of(actor, run), run.micro_batch_size
-    before = weights(engine.unwrap(trained))
+    before = weights(unwrap(trained))
     for start in parallel.own_share(range(0, ROWS, size)):
         accumulate(trained, rows, start, size)
-    norm, after = engine.step(trained), weights(engine.unwrap(trained))
+    norm, after = engine.step(trained), weights(unwrap(trained))
     return {"norm": norm, "moved": {name: after[name] - before[name] for name in before}}
 
 

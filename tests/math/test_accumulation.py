@@ -45,7 +45,7 @@ def gradients(actor_path, data):
         Rows(data / "train"),
     )
     batch = [rows[i] for i in range(accumulation.ROWS)]
-    (task.loss(model, batch) / task.terms(batch)).backward()
+    (trainings.loss(task, model, batch) / task.terms(batch)).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 

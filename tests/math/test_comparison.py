@@ -19,8 +19,8 @@ from rlhf.generation.sampler import generate
 from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading
 from rlhf.sources import builtin_opt
-from rlhf.training.engine import SingleForward
 from rlhf.training.rollout import Models, observe
+from rlhf.training.wrapped import SingleForward
 
 CONFIG = {"prompts": 21, "max_new_tokens": 6, "temperature": 0.5, "seed": 3, "judge": "vader"}
 RUNS = {

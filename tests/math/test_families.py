@@ -225,7 +225,7 @@ def test_gradients_of_packed_and_padded_rows_are_equal(model, scorer, sequences)
         found = []
         for pack_width in (None, width):
             learner.zero_grad()
-            task(PAD, pack_width).loss(learner, batch).backward()
+            trainings.loss(task(PAD, pack_width), learner, batch).backward()
             found.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()
         for n, gradient in found[0].items():

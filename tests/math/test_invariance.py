@@ -5,13 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+import trainings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.data.tokens import Padded, pad, response_labels
 from rlhf.errors import DataError
 from rlhf.models import loading, outputs
-from rlhf.training import engine, reward, sft, supervised
+from rlhf.training import reward, sft, supervised
+from rlhf.training.wrapped import SingleForward
 
 PAD = 1
 close = torch.testing.assert_close
@@ -123,7 +125,7 @@ def gradients(model, task, rows, parts):
     model = copy.deepcopy(model)
     terms = task.terms(rows)
     for part in np.array_split(np.arange(len(rows)), parts):
-        (task.loss(model, [rows[i] for i in part]) / terms).backward()
+        (trainings.loss(task, model, [rows[i] for i in part]) / terms).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -134,10 +136,10 @@ def test_logits_in_chunks_give_the_same_gradients_and_are_never_all_there(actor,
     watch = head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     monkeypatch.setattr(outputs, "LOGITS", 6)
     with torch.no_grad():
-        one = sft.task(PAD).loss(actor, rows)
+        one = trainings.loss(sft.task(PAD), actor, rows)
     watch.remove()
     assert sizes == [6, 6, 6, 2]
-    close(one, sft.task(PAD).loss(actor, rows).detach())
+    close(one, trainings.loss(sft.task(PAD), actor, rows).detach())
     for name, gradient in gradients(actor, sft.task(PAD), rows, 1).items():
         close(gradient, whole[name])
 
@@ -162,7 +164,7 @@ def test_the_prompt_is_not_learned(actor, sequences):
     assert task.terms([[prompt, response]]) == task.terms([[more, response]]) == 5
     batch = pad([np.concatenate([prompt, response])], PAD, side="left")
     with torch.no_grad():
-        loss = task.loss(actor, [[prompt, response]])
+        loss = trainings.loss(task, actor, [[prompt, response]])
     close(loss, -response_logprobs(actor, batch, 5).sum(), atol=1e-4, rtol=1e-4)
 
 
@@ -170,8 +172,8 @@ def test_swapped_responses_reverse_the_margin(scorer, sequences):
     prompt, better, worse = sequences(4, 9, 5)
     task = reward.task(PAD)
     with torch.no_grad():
-        one = supervised.measure(task, engine.SingleForward(scorer), [[prompt, better, worse]], 1)
-        two = supervised.measure(task, engine.SingleForward(scorer), [[prompt, worse, better]], 1)
+        one = supervised.measure(task, SingleForward(scorer), [[prompt, better, worse]], 1)
+        two = supervised.measure(task, SingleForward(scorer), [[prompt, worse, better]], 1)
     assert one["eval_margin"] == pytest.approx(-two["eval_margin"], abs=1e-5)
     assert one["eval_accuracy"] + two["eval_accuracy"] == 1
     assert one["eval_margin"] == pytest.approx(two["eval_loss"] - one["eval_loss"], abs=1e-4)

@@ -17,7 +17,7 @@ from rlhf.generation.sampler import generate
 from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading, lora, outputs, saving
 from rlhf.training import engine, rollout
-from rlhf.training.engine import SingleForward
+from rlhf.training.wrapped import SingleForward
 
 PAD = 1
 close = torch.testing.assert_close

@@ -150,6 +150,12 @@ def test_a_warmup_longer_than_the_training_is_warned_of(results):
     ],
 )
 def test_the_remedy_against_numbers_that_are_not_finite_follows_from_the_step(steps, fp16, said):
-    trained = SimpleNamespace(global_steps=steps, fp16_enabled=lambda: fp16)
+    losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    trained = SimpleNamespace(
+        global_steps=steps,
+        fp16_enabled=lambda: fp16,
+        micro_batch_losses=losses,
+        gradient_accumulation_steps=lambda: len(losses),
+    )
     with pytest.raises(DivergenceError, match=f"^the loss is nan .*{said}"):
-        engine.backward(trained, torch.tensor(float("nan")))
+        engine.step(trained)

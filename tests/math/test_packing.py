@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from dataclasses import fields
 from itertools import pairwise
 
 import families
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import trainings
 from torch.nn.attention.varlen import varlen_attn
 
-from rlhf.data.tokens import pack, response_labels
+from rlhf.data.tokens import pack, pad, response_labels
 from rlhf.models import loading, outputs, packing
 from rlhf.training import reward, sft
 
@@ -76,6 +78,25 @@ def test_a_kernel_attends_to_what_the_mask_allows(path, sequences):
     close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_with_a_kernel_reads_rows_padded_on_the_right_too(path, sequences):
+    batch = pad(sequences(9, 14, 6), PAD, side="right")
+    labels = response_labels([3, 5, 1], batch)
+    by_mask, by_loop = both(lambda: loading.load_actor(path, torch.float32))
+    with torch.no_grad():
+        expected, found = (outputs.response_logprobs(m.eval(), batch, labels) for m in (by_mask, by_loop))
+        close(found, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(AssertionError, match="padding before tokens"):
+            outputs.response_logprobs(by_loop, pad(sequences(9, 14), PAD, side="left"), labels[:2])
+
+
+def test_padded_rows_are_packed_into_one(sequences):
+    several = sequences(9, 14, 6, 1)
+    expected = pack([[s] for s in several], PAD, 30)
+    found = pad(several, PAD, side="right").packed()
+    for field in fields(expected):
+        close(getattr(found, field.name), getattr(expected, field.name), msg=field.name)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_padded_rows(path, sequences, checkpointing):
     columns = [sequences(*np.random.default_rng(s).integers(2, 12, 6), seed=s) for s in range(3)]
@@ -87,8 +108,8 @@ def test_gradients_are_those_of_padded_rows(path, sequences, checkpointing):
         padded, packed = both(load)
         if checkpointing:
             packed.gradient_checkpointing_enable({"use_reentrant": False})
-        task(PAD).loss(padded.train(), rows).backward()
-        task(PAD, width).loss(packed.train(), rows).backward()
+        trainings.loss(task(PAD), padded.train(), rows).backward()
+        trainings.loss(task(PAD, width), packed.train(), rows).backward()
         found = dict(packed.named_parameters())
         for name, parameter in padded.named_parameters():
             if parameter.grad is not None:

@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from rlhf.data import order
 from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream
-from rlhf.data.tokens import Padded
+from rlhf.data.tokens import Packed, Padded
 from rlhf.generation.sampler import Sampler, generate
 from rlhf.generation.sampling import Sampling, uniforms
 from rlhf.models import loading
+from rlhf.models.outputs import scores
 from rlhf.training import ppo, ppo_math, sft
-from rlhf.training.engine import SingleForward
+from rlhf.training import rollout as rollout_module
 from rlhf.training.ptx import Ptx
 from rlhf.training.rollout import Models, Rollout, observe, roll_out
+from rlhf.training.wrapped import SingleForward
 
 close = torch.testing.assert_close
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 3])
@@ -181,7 +183,7 @@ def test_ratios_and_values_each_have_a_clipping_range(rollout, actor, scorers):
     )
     ranges = {"clip_range": 0.05, "value_clip_range": 0.3, "temperature": 0.7}
     config, rows = trainings.settings("rlhf", ranges), torch.arange(len(mask))
-    micro = ppo._micro_batch(old, ppo.Targets(advantages, returns), rows, tokens=int(mask.sum()))
+    micro = ppo._micro_batch(old, ppo.Targets(advantages, returns), rows, tokens=int(mask.sum()), packs=False)
     policy_loss, of_actor = ppo._actor_loss(actor, micro, config)
     value_loss, of_critic = ppo._critic_loss(scorers[0], micro, config)
     expected = (
@@ -191,10 +193,31 @@ def test_ratios_and_values_each_have_a_clipping_range(rollout, actor, scorers):
     for loss, per_token in zip((policy_loss, value_loss), expected, strict=True):
         close(loss, per_token[mask].mean(), atol=1e-4, rtol=1e-3)
     ratios = (0.2 * moved[mask]).exp()
-    assert of_actor["clip_fraction"] == pytest.approx(float(((ratios - 1).abs() > 0.05).float().mean()))
-    assert of_critic["value_clip_fraction"] == pytest.approx(
+    assert float(of_actor["clip_fraction"]) == pytest.approx(
+        float(((ratios - 1).abs() > 0.05).float().mean())
+    )
+    assert float(of_critic["value_clip_fraction"]) == pytest.approx(
         float((0.2 * by[mask].abs() > 0.3).float().mean())
     )
+
+
+def test_packed_micro_batches_have_the_losses_of_padded_ones(rollout, actor, scorers, monkeypatch):
+    config, rows = trainings.settings("rlhf", {}), torch.arange(len(rollout.ended)).flip(0)
+    advantages, returns = torch.randn(2, *rollout.response_mask.shape)
+    targets = ppo.Targets(advantages, returns)
+    monkeypatch.setattr(rollout_module, "WASTE", 0.0)
+    padded, packed = (
+        ppo._micro_batch(rollout, targets, rows, tokens=9, packs=packs) for packs in (False, True)
+    )
+    assert (type(padded.batch), type(packed.batch)) == (Padded, Packed)
+    for loss, model in ((ppo._actor_loss, actor), (ppo._critic_loss, scorers[0])):
+        ours, theirs = loss(model, packed, config), loss(model, padded, config)
+        close(ours[0], theirs[0], atol=1e-5, rtol=1e-4)
+        for name in ours[1]:
+            close(ours[1][name], theirs[1][name], atol=1e-5, rtol=1e-4, msg=name)
+    with torch.no_grad():
+        found = [scores(scorers[1], micro.batch) for micro in (packed, padded)]
+    close(*found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(1, 2), (3, 2), (2, 4)])
@@ -222,12 +245,14 @@ def test_every_epoch_passes_once_over_the_rollout_in_its_own_order(monkeypatch, 
 def test_micro_batches_of_ptx_add_up_to_the_sft_loss_of_the_whole_batch(actor, tmp_path):
     trainings.write_rows(tmp_path, "sft", vocabulary=64)
     rows = Rows(tmp_path / "train")
-    ptx = Ptx(rows, coef=3.0, pad_id=trainings.PAD, seed=1, size=8, steps=9, micro_batch_size=3)
+    ptx = Ptx(
+        rows, coef=3.0, pad_id=trainings.PAD, pack_width=None, seed=1, size=8, steps=9, micro_batch_size=3
+    )
     task = sft.task(trainings.PAD)
     chosen = [rows[int(i)] for i in order.batch(rows.tokens_per_row, 8, 5, 9, 1)]
     with torch.no_grad():
         losses = [ptx.loss(actor, part, tokens) for part, tokens in ptx.micro_batches(5)]
-        expected = task.loss(actor, chosen) / task.terms(chosen)
+        expected = trainings.loss(task, actor, chosen) / task.terms(chosen)
     assert len(losses) == 3
     close(sum(losses), expected)
 
@@ -244,7 +269,9 @@ def test_ptx_is_added_to_the_policy_loss_with_its_coefficient_and_reported_witho
     monkeypatch.setattr(ppo.engine, "step", lambda engine: 0.0)
     trainings.write_rows(tmp_path, "sft", vocabulary=64)
     rows = Rows(tmp_path / "train")
-    ptx = Ptx(rows, coef=3.0, pad_id=trainings.PAD, seed=1, size=8, steps=9, micro_batch_size=3)
+    ptx = Ptx(
+        rows, coef=3.0, pad_id=trainings.PAD, pack_width=None, seed=1, size=8, steps=9, micro_batch_size=3
+    )
     models = Models(Engine(actor), Engine(scorers[0]), None, None)
     learner = ppo.Learner(models, None, trainings.settings("rlhf", {}), trainings.SEED, None, ptx)
     targets = ppo.Targets(*torch.randn(2, *rollout.response_mask.shape))
@@ -254,7 +281,7 @@ def test_ptx_is_added_to_the_policy_loss_with_its_coefficient_and_reported_witho
     task, chosen = sft.task(trainings.PAD), order.batch(rows.tokens_per_row, 8, 5, 9, 1)
     batch = [rows[int(i)] for i in chosen]
     with torch.no_grad():
-        expected = task.loss(actor, batch) / task.terms(batch)
+        expected = trainings.loss(task, actor, batch) / task.terms(batch)
     close(sum(imitation), 3 * expected)
     assert metrics["ptx_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics["policy_loss"] == pytest.approx(float(policy), rel=1e-5)

@@ -265,14 +265,9 @@ def test_weights_published_with_adapters_are_the_same_under_every_zero_stage(res
 
 
 def test_a_state_holds_trained_weights_only(results):
-    full, adapters, head = (
-        json.loads((results[2, name] / "state.json").read_text())
-        for name in ("sft-0", "lora-sft-0", "lora-rlhf-0")
-    )
-    assert len(full) > 30
-    assert len(adapters) == 24
-    assert all("lora_" in name for name in adapters)
-    assert all("lora_" in name or "score" in name for name in head)
+    for name in ("sft-0", "lora-sft-0", "lora-rlhf-0"):
+        saved, learned = json.loads((results[2, name] / "state.json").read_text())
+        assert saved == learned > 0, name
 
 
 RESUMED = (*STAGES, "means", *(f"lora-{stage}" for stage in STAGES))

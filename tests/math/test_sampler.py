@@ -19,7 +19,7 @@ from rlhf.models import lora
 from rlhf.models.outputs import response_logprobs
 from rlhf.training.health import BOUNDS
 from rlhf.training.ppo_math import sampling_mismatch
-from rlhf.training.rollout import right_padded, scatter
+from rlhf.training.rollout import compacted, scatter
 
 PAD, EOS, NEVER, LENGTH = 1, 2, -1, 9
 LENGTHS = (3, 9, 5, 14, 4, 8, 6)
@@ -43,7 +43,7 @@ def tokens_of(generated):
 def mismatch(model, generated, temperature=1.0):
     """Return what the meter says about a rollout of `generated`, and a trainer with the weights of `model`."""
     rows = torch.arange(len(generated.ended))
-    batch, labels = right_padded(generated.batch, generated.response_mask, rows)
+    batch, labels = compacted(generated.batch, generated.response_mask, rows)
     with torch.no_grad():
         trained = scatter(response_logprobs(model, batch, labels, temperature), generated.response_mask)
     found = sampling_mismatch(generated.logprobs, trained, generated.response_mask)
@@ -172,7 +172,7 @@ def test_the_meter_sees_adapters_that_are_not_merged(actor, sequences, monkeypat
         for layer in lora.layers(actor).values():
             layer.lora_B.normal_(std=0.3)
     assert is_out_of_bounds(mismatch(actor, sampled(actor, sequences(*LENGTHS)))) == []
-    monkeypatch.setattr(lora, "merged_weight", lambda model, name: model.get_parameter(name))
+    monkeypatch.setattr(lora.Source, "merged", lambda source: source.weight)
     assert "sampler_kl" in is_out_of_bounds(mismatch(actor, sampled(actor, sequences(*LENGTHS))))
 
 

@@ -33,6 +33,7 @@ from rlhf.models import loading, saving, sharding
 from rlhf.training import engine, ppo, reward, sft, supervised
 from rlhf.training.paths import Paths
 from rlhf.training.state import State
+from rlhf.training.wrapped import unwrap
 
 FILE = Path(__file__).parents[2] / "config.yaml"
 SCRIPTS = FILE.parent / "scripts"
@@ -110,7 +111,10 @@ def run(case: dict, sources: dict[str, Path], where: Path) -> None:
         resume(case["stage"], config, sources, work, where / "again")
     parallel.barrier()
     if parallel.rank() == 0:
-        (where / "state.json").write_text(json.dumps(saved_weights(work)))
+        learned = sum(
+            p.numel() for model, _ in trained.values() for p in model.parameters() if p.requires_grad
+        )
+        (where / "state.json").write_text(json.dumps([saved_numbers(work), learned]))
         shutil.rmtree(work)
 
 
@@ -152,7 +156,7 @@ def described(wrapped) -> dict:
     return {
         "zero_stage": wrapped.zero_optimization_stage(),
         "offload": [what for what, names in flags.items() if any(getattr(zero, n, None) for n in names)],
-        "gradient_checkpointing": engine.unwrap(wrapped).is_gradient_checkpointing,
+        "gradient_checkpointing": unwrap(wrapped).is_gradient_checkpointing,
         "moments_on": sorted({s["exp_avg"].device.type for s in getattr(adam, "state", {}).values()}),
     }
 
@@ -164,11 +168,16 @@ def memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def saved_weights(work: Path) -> list[str]:
-    """Return the names of the weights of a model in the newest state, where one file has them all."""
+def loss(task, model, rows):
+    """Return a task's loss of some rows."""
+    return task.loss(model, task.arrange(rows))
+
+
+def saved_numbers(work: Path) -> int:
+    """Return how many numbers the weights in the newest state have, where one file has all of a model."""
     newest = sorted(work.glob("step-*"))[-1]
-    files = list(newest.glob("*/state/mp_rank_00_model_states.pt"))
-    return sorted(torch.load(files[0], weights_only=False)["module"]) if files else []
+    models = [torch.load(f, weights_only=False) for f in newest.glob("*/state/mp_rank_00_model_states.pt")]
+    return sum(weight.numel() for model in models for weight in model["module"].values())
 
 
 def resume(stage: str, config: training.Section, sources: dict[str, Path], work: Path, where: Path) -> None:

@@ -162,7 +162,7 @@ def _by_card(chosen: Sequence[Any], names: Sequence[str], dataset: Dataset) -> d
             split, paths = (
                 (entry.get("split"), entry.get("path")) if isinstance(entry, Mapping) else ("train", entry)
             )
-            patterns = paths if isinstance(paths, list) else [paths]
+            patterns: list[Any] = paths if isinstance(paths, list) else [paths]
             if not (split and all(isinstance(pattern, str) for pattern in patterns)):
                 raise DataError(
                     f"{dataset.name}/{CARD}: `data_files` has {json.dumps(entry, default=str)}, which needs a `split` and a"

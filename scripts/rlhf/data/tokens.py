@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.data.rows import Ids
@@ -54,6 +55,20 @@ class Padded:
         longest = int(self.mask.sum(-1).max())
         ids, mask = (x.gather(1, order)[:, :longest] for x in (self.ids, self.mask))  # (B, longest)
         return Padded(ids, mask, left_aligned=True)
+
+    def packed(self) -> Packed:
+        """Return the same sequences one after another in one row, (1, N) for N real tokens."""
+        lengths = self.mask.sum(-1)  # (B,)
+        boundaries = F.pad(lengths.cumsum(0), (1, 0))  # (B + 1,)
+        numbers = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(lengths)
+        return Packed(
+            ids=self.ids[self.mask][None],
+            sequences=numbers[None],
+            positions=self.positions[self.mask][None],
+            ends=boundaries[1:] - 1,
+            boundaries=boundaries.int(),
+            longest=int(lengths.max()),
+        )
 
     @property
     def last(self) -> Tensor:

@@ -25,8 +25,8 @@ from rlhf.models import outputs
 from rlhf.store.layout import EVAL
 from rlhf.terminal import printable
 from rlhf.training import fit
-from rlhf.training.engine import unwrap
-from rlhf.training.rollout import by_length, right_padded, scatter
+from rlhf.training.rollout import by_length, compacted, scatter
+from rlhf.training.wrapped import unwrap
 
 Figures = dict[str, float | None]  # None: a mean over nothing
 SHOWN = 5  # prompts in the table
@@ -87,7 +87,7 @@ def _described(
     everything = torch.arange(len(mask), device=mask.device)
     with torch.no_grad():
         for rows in by_length(generated.batch, everything, run.micro_rows):
-            batch, labels = right_padded(generated.batch, mask, rows)
+            batch, labels = compacted(generated.batch, mask, rows)
             scored[rows] = models.reward(outputs.scores, batch)
             own, theirs = (
                 m(outputs.response_logprobs, batch, labels, temperature) for m in (actor, models.reference)

@@ -114,7 +114,7 @@ class Decoder:
         families.refuse_uneven(model.config, group.size)
         config, layout = model.config, families.LAYOUTS[model.config.model_type]
         self.config, self.group, self.weights = config, group, list[Weight]()
-        self._parameters = dict(model.named_parameters())
+        self._parameters, self._sources = dict(model.named_parameters()), dict[str, lora.Source]()
         self.dtype, self.device = model.dtype, parallel.device()
         heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -147,8 +147,10 @@ class Decoder:
         for weight in self.weights:
             start = 0
             for name in weight.names:
-                with gathered_parameters(lora.parameters_of(model, name)):
-                    for part in self._parts(name, lora.merged_weight(model, name)):
+                if name not in self._sources:  # looked up once: that takes longer than copying
+                    self._sources[name] = lora.source(model, name)
+                with gathered_parameters(self._sources[name].parameters):
+                    for part in self._parts(name, self._sources[name].merged()):
                         shard = self._shard(part, weight.split)
                         weight.target[start : start + len(shard)].copy_(shard)
                         start += len(shard)
@@ -269,7 +271,7 @@ class Decoder:
         used = {name for weight in self.weights for name in weight.names}
         unused = [name for name in self._parameters if name not in used and not lora.is_adapter(name)]
         assert not unused, f"the layout of {self.config.model_type} lacks {', '.join(unused)}"
-        self._parameters = {}  # not kept: the trainer may replace its parameters
+        self._parameters = {}  # not kept: an engine may replace parameters before the first `refresh`
 
     def _shard(self, weight: Tensor, split: int | None) -> Tensor:
         """Return this process's shard of a whole weight."""

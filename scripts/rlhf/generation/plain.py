@@ -34,8 +34,9 @@ def sampling_copy(model: Any) -> Any:
     target.tie_weights()
     with torch.no_grad():
         for name, parameter in target.named_parameters():
-            with gathered_parameters(lora.parameters_of(model, name)):
-                parameter.copy_(lora.merged_weight(model, name))
+            source = lora.source(model, name)
+            with gathered_parameters(source.parameters):
+                parameter.copy_(source.merged())
         for ours, theirs in zip(target.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
     return target.eval()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,9 +84,8 @@ class LoraLinear(nn.Linear):
         return out
 
     def merged(self) -> Tensor:
-        """Return (O, I) of the weight's dtype, computed in float32: the weight of an equal plain layer."""
-        addition = self.scale * self.lora_B.float() @ self.lora_A.float()  # (O, R) @ (R, I)
-        return (self.weight.float() + addition).to(self.weight.dtype)
+        """Return (O, I) of the weight's dtype, summed in float32: the weight of an equal plain layer."""
+        return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)  # (O, R) @ (R, I)
 
 
 def add(model: Any, config: Lora, seed: int) -> None:
@@ -143,28 +143,28 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.active = True
 
 
-def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
-    """Return the parameters from which the published weight `name` is computed, all of one dtype.
+@dataclass(frozen=True)
+class Source:
+    """What a published weight is computed from: a parameter and, if its layer has an adapter, the layer."""
 
-    They are the weight (O, I) and, if its layer has an adapter, A (R, I) and B (O, R).
-    """
-    layer, weight = _adapted_layer(model, name), model.get_parameter(name)
-    return [weight] if layer is None else [weight, layer.lora_A, layer.lora_B]
+    weight: Tensor  # (O, I) of a linear layer
+    layer: LoraLinear | None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weight and the adapter's A (R, I) and B (O, R), all of one dtype; under ZeRO-3, gather them."""
+        return [self.weight] if self.layer is None else [self.weight, self.layer.lora_A, self.layer.lora_B]
+
+    def merged(self) -> Tensor:
+        """Return the weight, of its shape and dtype, with its adapter merged."""
+        return self.weight if self.layer is None else self.layer.merged()
 
 
-def merged_weight(model: nn.Module, name: str) -> Tensor:
-    """Return the published weight `name`, of its dtype: (O, I) of a linear layer, with its adapter merged.
-
-    Under ZeRO-3, gather its `parameters_of` first.
-    """
-    layer = _adapted_layer(model, name)
-    return model.get_parameter(name) if layer is None else layer.merged()
-
-
-def _adapted_layer(model: nn.Module, name: str) -> LoraLinear | None:
-    """Return the layer with the weight `name` if it has an adapter, else None (also for a bias)."""
+def source(model: nn.Module, name: str) -> Source:
+    """Return what the published weight `name` of a model is computed from."""
     layer = model.get_submodule(name.rpartition(".")[0])
-    return layer if isinstance(layer, LoraLinear) and name.endswith("weight") else None
+    adapted = layer if isinstance(layer, LoraLinear) and name.endswith("weight") else None  # not a bias
+    return Source(model.get_parameter(name), adapted)
 
 
 def peft_config(model: Any, config: Lora, base: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Letters: B rows of a batch, T tokens of a row, N selected tokens or sequences, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf.models import families, packing
 from rlhf.models.sharding import is_sharded
 
 LOGITS = 8192  # tokens whose logits exist at a time; in 32 bits, 1.6 GB at a vocabulary of 50,000
+LOGITS_OF_KERNEL = 16384  # the same, where a kernel reads them in 16 bits
 
 transformers_logging.disable_progress_bar()  # a bar for each model that is loaded is noise
 transformers_logging.set_verbosity_error()  # `loading` checks for missing and unexpected weights itself
@@ -30,13 +31,16 @@ def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:
     inputs = {"input_ids": batch.ids, "position_ids": batch.positions}
     if isinstance(batch, Packed) and packing.uses_kernel(model):
         return inputs | packing.kernel_inputs(batch.boundaries, batch.longest)
+    assert batch.attention is None or not packing.uses_kernel(model), (
+        "kernels do not see padding before tokens"
+    )
     return {**inputs, "attention_mask": batch.attention}
 
 
 def last_hidden(model: Any, batch: Padded | Packed) -> Tensor:
     """Return (B, T, H) of the model's dtype: the last hidden state of each token."""
     graphs = getattr(model, "body_graphs", None)
-    if graphs is not None and isinstance(batch, Packed) and graphs.fits(batch):
+    if graphs is not None and graphs.fits(batch):
         replayed: Tensor = graphs(batch)
         return replayed
     hidden: Tensor = model.base_model(**hidden_inputs(model, batch), use_cache=False).last_hidden_state
@@ -48,36 +52,51 @@ def response_logits(model: Any, batch: Padded | Packed, labels: Tensor, temperat
 
     Logits of prompts and padding are not computed, which saves memory.
     """
-    return _logits(model, _predicting(model, batch, labels), temperature)
+    return _divided(_logits(model, _predicting(model, batch, labels)), temperature)
 
 
-def per_response_token(
-    model: Any,
-    batch: Padded | Packed,
-    labels: Tensor,
-    temperature: float,
-    compute: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Return (..., N): what `compute` makes of the logits of the N tokens where `labels` (B, T) bool is True.
+def response_logprobs(model: Any, batch: Padded | Packed, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return (N,) float32: log-prob of each of the N tokens where `labels` (B, T) bool is True."""
+    return _logprobs(model, batch, labels, temperature, with_entropy=False)[0]
 
-    At most `LOGITS` tokens have their logits at a time: they are computed in chunks, and again in the backward
-    pass. Under ZeRO-3 they are computed at once, because processes with different numbers of chunks would
-    gather the weights of the head in different orders.
 
-    Args:
-        compute: logits (n, V) float32 and tokens (n,) int64 -> (..., n).
+def response_logprobs_and_entropy(
+    model: Any, batch: Padded | Packed, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return what `response_logprobs` does, and the entropy before each token, (N,) float32 without gradients."""
+    logprobs, entropies = _logprobs(model, batch, labels, temperature, with_entropy=True)
+    return logprobs, entropies
+
+
+def _logprobs(
+    model: Any, batch: Padded | Packed, labels: Tensor, temperature: float, *, with_entropy: bool
+) -> Sequence[Tensor]:
+    """Return log-probs, and entropies if asked for.
+
+    Few tokens have their logits at a time: they are computed in chunks, and again in the backward pass. Under
+    ZeRO-3 they are computed at once, because processes with different numbers of chunks would gather the
+    weights of the head in different orders.
     """
     tokens = batch.ids[labels]  # (N,)
-    if len(tokens) <= LOGITS or is_sharded(model):
-        return compute(response_logits(model, batch, labels, temperature), tokens)
-
-    def chunk(hidden: Tensor, of: Tensor) -> Tensor:
-        return compute(_logits(model, hidden, temperature), of)
-
     predicting = _predicting(model, batch, labels)  # (N, H)
-    parts = zip(predicting.split(LOGITS), tokens.split(LOGITS), strict=True)
+
+    def chunk(hidden: Tensor, of: Tensor) -> Sequence[Tensor]:
+        logits = _logits(model, hidden)
+        if logits.is_cuda:
+            # Imported here: a CPU build of torch has no Triton.
+            from rlhf.models import kernels  # noqa: PLC0415
+
+            return kernels.logprobs(logits, of, temperature)
+        wide = _divided(logits, temperature)
+        return token_logprobs(wide, of), *([entropy(wide.detach())] if with_entropy else [])
+
+    size = LOGITS_OF_KERNEL if predicting.is_cuda else LOGITS
+    if len(tokens) <= size or is_sharded(model):
+        return chunk(predicting, tokens)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(chunk, hidden, of, **options) for hidden, of in parts], -1)
+    parts = zip(predicting.split(size), tokens.split(size), strict=True)
+    found = [checkpoint(chunk, hidden, of, **options) for hidden, of in parts]
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def _predicting(model: Any, batch: Padded | Packed, labels: Tensor) -> Tensor:
@@ -85,10 +104,15 @@ def _predicting(model: Any, batch: Padded | Packed, labels: Tensor) -> Tensor:
     return last_hidden(model, batch)[:, :-1][labels[:, 1:]]
 
 
-def _logits(model: Any, hidden: Tensor, temperature: float) -> Tensor:
-    """Return (N, V) float32 of (N, H)."""
-    logits: Tensor = model.get_output_embeddings()(hidden)  # (N, V)
-    return families.capped(model.config, logits).float() / temperature
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    """Return (N, V) of the model's dtype, of (N, H)."""
+    logits: Tensor = families.capped(model.config, model.get_output_embeddings()(hidden))
+    return logits
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """Return (N, V) float32: logits over a temperature."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -96,12 +120,13 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return -F.cross_entropy(logits, tokens, reduction="none")
 
 
-def response_logprobs(model: Any, batch: Padded | Packed, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return (N,) float32: log-prob of each of the N tokens where `labels` (B, T) bool is True."""
-    return per_response_token(model, batch, labels, temperature, token_logprobs)
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of distributions in nats, (...) float32, from (..., V) float32 logits."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def response_values(model: Any, batch: Padded, labels: Tensor) -> Tensor:
+def response_values(model: Any, batch: Padded | Packed, labels: Tensor) -> Tensor:
     """Return (N,) float32: a critic's value before each of the N tokens where `labels` (B, T) bool is True."""
     return token_values(model, batch)[:, :-1][labels[:, 1:]]  # (B, T) -> (N,)
 

@@ -9,11 +9,12 @@ Letters: B rows of a batch, T tokens of a row, D channels of a head, S runs (see
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
@@ -33,19 +34,24 @@ OLDEST_GPU = (8, 0)  # compute capability: Ampere
 def choose_attention(model: Any, dtype: str) -> None:
     """Let `model` attend within packed rows by kernels if that is possible, and log the choice.
 
-    A model that attends by kernels can compute packed rows only.
+    A model that attends by kernels can compute packed rows, and rows padded on the right.
     """
-    obstacle = _obstacle(model.config, dtype, parallel.device())
-    if obstacle is None:
-        use_kernel(model, varlen_attn)
+    found = obstacle([model], dtype)
+    if found is None:
+        use_kernel(model)
     logger.info(
         "packed rows: attention by %s",
-        f"a block-diagonal mask ({obstacle})" if obstacle else "kernels of variable length",
+        f"a block-diagonal mask ({found})" if found else "kernels of variable length",
     )
 
 
+def obstacle(models: Sequence[Any], dtype: str) -> str | None:
+    """Return why one of some models cannot attend by kernels of variable length, or None if all can."""
+    found = [_obstacle(model.config, dtype, parallel.device()) for model in models]
+    return next((reason for reason in found if reason), None)
+
+
 def _obstacle(config: Any, dtype: str, device: torch.device) -> str | None:
-    """Return why a model cannot attend by kernels of variable length, or None if it can."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if device.type != "cuda":
         return f"there are no kernels of variable length on {device.type}"
@@ -60,7 +66,7 @@ def _obstacle(config: Any, dtype: str, device: torch.device) -> str | None:
     return None
 
 
-def use_kernel(model: Any, kernel: Kernel) -> None:
+def use_kernel(model: Any, kernel: Kernel = varlen_attn) -> None:
     """Let `model` attend within packed rows by a kernel of variable length."""
     AttentionInterface.register(NAME, partial(attend, kernel))
     model.set_attn_implementation(NAME)
@@ -86,8 +92,8 @@ def attend(
     attention_mask: None,
     *,
     scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return (B, T, heads, D) of the query's dtype, and None for the attention weights.
@@ -96,10 +102,16 @@ def attend(
 
     Args:
         query: (B, heads, T, D). `key` and `value` may have fewer heads; several of the query then share one.
-        cu_seq_lens_q: (S + 1,) int32, `boundaries` of `tokens.Packed`.
+        cu_seq_lens_q: (S + 1,) int32, `boundaries` of `tokens.Packed`; None for rows padded on the right.
         max_length_q: `longest` of `tokens.Packed`.
     """
     rows, heads = query.shape[0], query.shape[1]
+    if cu_seq_lens_q is None:
+        grouped = heads != key.shape[1]
+        causal = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+        return causal.transpose(1, 2), None
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, heads, D)
     # The kernel's own option for shared heads differs between versions of torch.
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B * T, heads, D)

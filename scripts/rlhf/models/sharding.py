@@ -62,12 +62,10 @@ def write_shards(model: Any, path: Path, shard_bytes: int = SHARD_BYTES) -> None
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     for file, names in plan.filename_to_tensors.items():
-        with (
-            gathered_parameters([p for name in names for p in lora.parameters_of(model, name)]),
-            torch.no_grad(),
-        ):
+        sources = {name: lora.source(model, name) for name in names}
+        with gathered_parameters([p for s in sources.values() for p in s.parameters]), torch.no_grad():
             if parallel.rank() == 0:
-                tensors = {name: lora.merged_weight(model, name).cpu().contiguous() for name in names}
+                tensors = {name: s.merged().cpu().contiguous() for name, s in sources.items()}
                 save_file(tensors, path / file, {"format": "pt"})
     if plan.is_sharded and parallel.rank() == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

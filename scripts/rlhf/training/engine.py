@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,41 +25,11 @@ from rlhf.errors import DataError, DivergenceError, UserError
 from rlhf.models.lora import is_adapter
 from rlhf.models.sharding import is_sharded
 from rlhf.training.ds_config import ds_config, frozen_config
+from rlhf.training.wrapped import FlatForward, SingleForward
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class SingleForward(nn.Module):
-    """A model whose computations all go through one `forward`, where DeepSpeed has its hooks.
-
-    `forward(compute, *arguments)` returns `compute(model, *arguments)`; so does an engine around it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `compute(model, *arguments)`, whatever its type."""
-        return compute(self.model, *arguments)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, for DeepSpeed's checkpoints, without further names of tied frozen weights.
-
-        DeepSpeed leaves out frozen weights only by their first name.
-        """
-        state, first = super().state_dict(*args, **kwargs), {n for n, _ in self.named_parameters()}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if name not in first and not parameter.requires_grad:
-                state.pop(name, None)
-        return state
-
-
-def unwrap(wrapped: Any) -> Any:
-    """Return the Hugging Face model inside a `SingleForward` or an engine."""
-    return wrapped.module.model if isinstance(wrapped, deepspeed.DeepSpeedEngine) else wrapped.model
 
 
 def start(run: Run, dtype: str = "fp32") -> None:
@@ -138,7 +108,11 @@ class Recipe:
 
 
 def initialize(model: Any, recipe: Recipe) -> Any:
-    """Return a DeepSpeed engine around `SingleForward(model)`, with optimizer and schedule."""
+    """Return a DeepSpeed engine around a model, with optimizer and schedule.
+
+    Below ZeRO-2 the model is in a `FlatForward`. From there on gradients are sharded while they come, parameter
+    by parameter, and so are offloaded ones.
+    """
     optimizer, steps, run = recipe.optimizer, recipe.steps, recipe.run
     if (warmup := warmup_steps(optimizer, steps)) > steps:
         logger.warning(
@@ -146,8 +120,11 @@ def initialize(model: Any, recipe: Recipe) -> Any:
         )
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    groups = _parameter_groups(model, optimizer, recipe.lora)
+    is_flat = run.zero_stage < 2 and "optimizer" not in run.offload
+    wrapped = FlatForward(model.to(parallel.device()), groups) if is_flat else SingleForward(model)
     adamw = torch.optim.AdamW(
-        _parameter_groups(model, optimizer, recipe.lora),
+        groups,
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.eps,
@@ -155,11 +132,13 @@ def initialize(model: Any, recipe: Recipe) -> Any:
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(optimizer, step, steps))
     engine, *_ = deepspeed.initialize(
-        model=SingleForward(model.train()),
+        model=wrapped.train(),
         optimizer=adamw,
         lr_scheduler=schedule,
         config=ds_config(recipe.batch, recipe.dtype, optimizer.max_grad_norm, run, model.config.hidden_size),
     )
+    if isinstance(wrapped, FlatForward):
+        wrapped.share_memory_of_parts()
     return engine
 
 
@@ -218,14 +197,9 @@ def backward(engine: Any, loss: Tensor) -> None:
 
     A loss is its micro-batch's part of the mean over the whole batch. The parts' gradients add up to the
     batch's, for any number of micro-batches and processes. DeepSpeed averages over processes; we undo that.
-
-    Raises:
-        DivergenceError: the loss is not finite.
     """
-    if not torch.isfinite(loss):
-        raise _divergence(f"the loss is {loss.item()}", engine)
+    engine.micro_batch_losses = [*getattr(engine, "micro_batch_losses", []), loss.detach()]
     engine.backward(loss * engine.world_size * _loss_scale(engine), scale_wrt_gas=False)
-    engine.micro_batches_done = getattr(engine, "micro_batches_done", 0) + 1
     if not engine.is_gradient_accumulation_boundary():
         engine.step()  # not an optimizer step yet: DeepSpeed counts the micro-batch
 
@@ -237,11 +211,14 @@ def step(engine: Any) -> float:
     0 then. No other step is skipped.
 
     Raises:
-        DivergenceError: the gradient is not finite.
+        DivergenceError: a loss or the gradient is not finite.
     """
-    done, expected = getattr(engine, "micro_batches_done", 0), engine.gradient_accumulation_steps()
-    assert done == expected, f"{done} of {expected} micro-batches"
-    engine.micro_batches_done = 0
+    # Only now: a look at each loss would make the GPU wait for Python.
+    losses, expected = getattr(engine, "micro_batch_losses", []), engine.gradient_accumulation_steps()
+    assert len(losses) == expected, f"{len(losses)} of {expected} micro-batches"
+    if bad := [loss for loss in torch.stack(losses).tolist() if not math.isfinite(loss)]:
+        raise _divergence(f"the loss is {bad[0]}", engine)
+    engine.micro_batch_losses = []
     scale = _loss_scale(engine)
     norm = 0.0 if engine.get_global_grad_norm() is not None else _gradient_norm(engine.module)
     engine.step()

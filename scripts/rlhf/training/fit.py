@@ -22,13 +22,14 @@ from rlhf import parallel
 from rlhf.config.stages import Eval, Rlhf, Training
 from rlhf.config.training import RlhfRun, Run
 from rlhf.models.graphs import LARGEST
-from rlhf.models.outputs import LOGITS
+from rlhf.models.outputs import LOGITS, LOGITS_OF_KERNEL
 
 logger = logging.getLogger(__name__)
 
 MARGIN = 0.1  # of the device's memory: CUDA's context, fragmentation, what the estimate leaves out
 ENOUGH = 16384  # tokens of a micro-batch; more of them are not faster
 FEW = 4096  # tokens; a micro-batch of fewer is slower than recomputing activations
+IN_GRAPHS = 1.45  # a graph's pool over what the backward pass needs, measured with OPT-1.3B on an H100
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
@@ -60,10 +61,12 @@ def size_of(model: Any, run: Run, *, trained: bool) -> Size:
     # In 16 bits: gradients as computed, and in 32 bits weights, moments and gradients.
     optimizer = learned * (8 if width == 4 else 16) // (parallel.world_size() if run.zero_stage else 1)
     layer = width * (8 * hidden + _kept_by_mlp(config) * inner)
+    has_graphs = parallel.device().type == "cuda" and width == 2 and run.zero_stage < 3
     return Size(
         weights=weights,
-        training=learned * width + (0 if "optimizer" in run.offload else optimizer),
-        per_token=layers * layer,
+        # Graphs have a second buffer of gradients.
+        training=2 * learned * width + (0 if "optimizer" in run.offload else optimizer),
+        per_token=int(layers * layer * (IN_GRAPHS if has_graphs else 1)),
         checkpointed=layers * width * hidden,
         layer=layer,
         cache=2 * layers * width * hidden * shared // heads,
@@ -144,8 +147,10 @@ def fitted_comparison(models: Sequence[Any], config: Eval, run: RlhfRun, prompt:
 
 
 def logits_bytes(model: Any) -> int:
-    """Return bytes of a chunk of logits and its gradient in 32 and 16 bits."""
-    return LOGITS * model.config.vocab_size * 14
+    """Return bytes of a chunk of logits and what is computed from them."""
+    if parallel.device().type == "cuda":
+        return LOGITS_OF_KERNEL * model.config.vocab_size * 2 * model.dtype.itemsize
+    return LOGITS * model.config.vocab_size * 14  # in 16 bits and, log-probs and gradient too, in 32
 
 
 def _generated(run: RlhfRun, actor: Size, fixed: int, share: int, per_row: int) -> int:

@@ -24,14 +24,15 @@ from rlhf.config.stages import Rlhf
 from rlhf.data import order
 from rlhf.data.rows import Rows
 from rlhf.data.streams import Purpose, Stream, rng, seed_of
-from rlhf.data.tokens import Padded
+from rlhf.data.tokens import Packed, Padded
 from rlhf.errors import DataError
 from rlhf.generation.sampler import Sampler
 from rlhf.generation.sampling import Sampling
-from rlhf.models import lora
+from rlhf.models import families, lora, packing
 from rlhf.models.ema import Ema
+from rlhf.models.graphs import use_graphs
 from rlhf.models.loading import load_actor, load_scorer
-from rlhf.models.outputs import per_response_token, response_values
+from rlhf.models.outputs import response_logprobs_and_entropy, response_values
 from rlhf.progress import progress
 from rlhf.store.layout import TRAIN
 from rlhf.training import engine, fit, ppo_math
@@ -39,7 +40,7 @@ from rlhf.training.health import Health
 from rlhf.training.metrics import Metrics, MetricsLog, Trained, significant
 from rlhf.training.paths import Paths
 from rlhf.training.ptx import Ptx
-from rlhf.training.rollout import Models, Rollout, by_length, right_padded, roll_out
+from rlhf.training.rollout import Models, Rollout, by_length, compacted, roll_out
 from rlhf.training.state import State
 
 
@@ -76,8 +77,8 @@ class Learner:
 class MicroBatch:
     """Rows of a mini-batch as models read them, and what PPO needs to know about their N response tokens."""
 
-    batch: Padded  # (b, T)
-    labels: Tensor  # (b, T) bool; True at the N response tokens
+    batch: Padded | Packed  # (b, T), or (1, T)
+    labels: Tensor  # bool of the same shape; True at the N response tokens
     old_logprobs: Tensor  # (N,) float32
     old_values: Tensor  # (N,) float32
     advantages: Tensor  # (N,) float32
@@ -129,6 +130,11 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     state.lock()
     _add_adapters(models, config, seed)
     frozen = [model for model in (models.reward, models.reference) if model is not None]
+    everything = [models.actor, models.critic, *frozen]
+    # Families that are not sampled by the engine are sampled by their own forward, which reads padded rows.
+    if families.has_layout(models.actor.config) and packing.obstacle(everything, config.dtype) is None:
+        for model in everything:
+            packing.use_kernel(model)
     config = fit.fitted_rlhf([models.actor, models.critic], frozen, config)
     run = config.run
     iterations = rlhf_iterations(config, len(prompts))
@@ -178,7 +184,8 @@ def _learner(
     ptx, actor_batch = None, batch
     if config.ptx_coef is not None and paths.ptx is not None:
         rows = Rows(paths.ptx / TRAIN)
-        ptx = Ptx(rows, config.ptx_coef, sampling.pad_id, seed, size, steps, run.micro_rows)
+        width = rows.tokens_per_row.max() if packing.uses_kernel(models.actor) else None
+        ptx = Ptx(rows, config.ptx_coef, sampling.pad_id, width, seed, size, steps, run.micro_rows)
         # The actor's optimizer steps have as many micro-batches of PTX as of PPO.
         actor_batch = replace(batch, train_batch_size=2 * size, grad_accum_steps=2 * batch.grad_accum_steps)
     dtype, offloads, frozen = config.dtype, "reference" in run.offload, models.reference
@@ -190,6 +197,9 @@ def _learner(
         None if frozen is None else engine.frozen(frozen, dtype, offloads=offloads),
         engine.frozen(models.reward, dtype),
     )
+    for model in (models.actor, models.critic, frozen, models.reward):
+        if model is not None:
+            use_graphs(model)  # now that parameters are where they stay
     ema = None if config.ema_decay is None else Ema(models.actor, config.ema_decay)
     sampler = Sampler(models.actor, sampling, parallel.group(run.inference_tp_size))
     return Learner(engines, sampler, config, seed, ema, ptx)
@@ -294,8 +304,9 @@ def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, nu
     actor, critic, config, ptx = learner.models.actor, learner.models.critic, learner.config, learner.ptx
     tokens = int(rollout.response_mask[rows].sum())
     grouped = parallel.own_share(by_length(rollout.batch, rows, config.run.micro_rows))
-    micro_batches = [_micro_batch(rollout, targets, part, tokens) for part in grouped]
-    parts: list[Metrics] = []
+    packs = learner.models.read_packed_rows
+    micro_batches = [_micro_batch(rollout, targets, part, tokens, packs=packs) for part in grouped]
+    parts: list[dict[str, Tensor]] = []  # not read before the end: the GPU would wait for Python
     learning_rate = actor.get_lr()[0]
     # `partial` binds what a loss needs: ZeRO-3's hooks copy lists among a forward's own arguments.
     for micro_batch in micro_batches:
@@ -306,7 +317,7 @@ def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, nu
         for imitated, total in ptx.micro_batches(number):
             loss = actor(partial(ptx.loss, rows=imitated, tokens=total))
             engine.backward(actor, ptx.coef * loss)
-            parts.append({"ptx_loss": float(loss.detach())})
+            parts.append({"ptx_loss": loss.detach()})
     actor_norm = engine.step(actor)
     for micro_batch in micro_batches:
         loss, metrics = critic(partial(_critic_loss, micro=micro_batch, config=config))
@@ -319,16 +330,16 @@ def _step(learner: Learner, rollout: Rollout, targets: Targets, rows: Tensor, nu
     return {**_total(parts), **norms, "actor_learning_rate": learning_rate}
 
 
-def _total(parts: Sequence[Metrics]) -> Metrics:
+def _total(parts: Sequence[dict[str, Tensor]]) -> Metrics:
     """Return the sum of each metric over micro-batches and processes."""
     names = dict.fromkeys(name for part in parts for name in part)
-    return parallel.all_sum({name: sum(part.get(name, 0.0) for part in parts) for name in names})
+    return parallel.all_sum({name: sum(float(part.get(name, 0.0)) for part in parts) for name in names})
 
 
-def _micro_batch(rollout: Rollout, targets: Targets, rows: Tensor, tokens: int) -> MicroBatch:
+def _micro_batch(rollout: Rollout, targets: Targets, rows: Tensor, tokens: int, *, packs: bool) -> MicroBatch:
     """Return `rows`, (b,) int64, of a rollout as a micro-batch; (B, A) tensors become (N,)."""
     mask = rollout.response_mask[rows]  # (b, A), N of them True
-    batch, labels = right_padded(rollout.batch, rollout.response_mask, rows)
+    batch, labels = compacted(rollout.batch, rollout.response_mask, rows, packs=packs)
     return MicroBatch(
         batch,
         labels,
@@ -340,9 +351,9 @@ def _micro_batch(rollout: Rollout, targets: Targets, rows: Tensor, tokens: int) 
     )
 
 
-def _actor_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Metrics]:
-    """Return a micro-batch's part of the policy loss, a float32 scalar, and of the metrics."""
-    found = per_response_token(model, micro.batch, micro.labels, config.temperature, _policy)  # (2, N)
+def _actor_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's part of the policy loss, and of the metrics, all float32 scalars."""
+    found = response_logprobs_and_entropy(model, micro.batch, micro.labels, config.temperature)
     logprobs, entropy = found  # (N,) each
     logratio = logprobs - micro.old_logprobs  # (N,)
     losses = ppo_math.policy_loss(logratio, micro.advantages, config.clip_range)  # (N,)
@@ -356,25 +367,18 @@ def _actor_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Me
             "ratio_variance": (ratio - 1) ** 2,
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).float(),
         }
-        metrics = {name: float(x.sum() / micro.tokens) for name, x in per_token.items()}
+        metrics = {name: x.sum() / micro.tokens for name, x in per_token.items()}
     return losses.sum() / micro.tokens, metrics
 
 
-def _policy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return (2, N): log-probs of (N,) tokens under (N, V) logits, and without gradients the entropies."""
-    logprobs = logits.log_softmax(-1)  # (N, V)
-    entropy = ppo_math.entropy(logprobs.detach())  # (N,)
-    return torch.stack([logprobs.gather(-1, tokens[:, None])[:, 0], entropy])
-
-
-def _critic_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, Metrics]:
-    """Return a micro-batch's part of the value loss, a float32 scalar, and of the metrics."""
+def _critic_loss(model: Any, micro: MicroBatch, config: Rlhf) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's part of the value loss, and of the metrics, all float32 scalars."""
     values = response_values(model, micro.batch, micro.labels)  # (N,)
     losses = ppo_math.value_loss(values, micro.old_values, micro.returns, config.value_clip_range)
     loss = losses.sum() / micro.tokens
     outside = (values - micro.old_values).abs() > config.value_clip_range
     metrics = {"value_loss": loss.detach(), "value_clip_fraction": outside.sum() / micro.tokens}
-    return loss, _floats(metrics)
+    return loss, metrics
 
 
 def _floats(values: dict[str, Any]) -> Metrics:

@@ -121,11 +121,6 @@ def sampling_mismatch(sampled: Tensor, trained: Tensor, mask: Tensor) -> dict[st
     }
 
 
-def entropy(logprobs: Tensor) -> Tensor:
-    """Return the entropy of distributions in nats, (...) float32, from (..., V) float32 log-probabilities."""
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Return 1 - var(returns - values) / var(returns) over `mask`: a float32 scalar, 1 for a perfect critic.
 

@@ -25,6 +25,7 @@ class Ptx:
     rows: Rows
     coef: float
     pad_id: int
+    pack_width: int | None  # None: padded
     seed: int
     size: int
     steps: int
@@ -44,4 +45,5 @@ class Ptx:
 
     def loss(self, model: Any, rows: Batch, tokens: int) -> Tensor:
         """Return a micro-batch's part of the mean loss per token, a float32 scalar, before `coef`."""
-        return sft.loss(model, rows, self.pad_id) / tokens
+        task = sft.task(self.pad_id, self.pack_width)
+        return task.loss(model, task.arrange(rows)) / tokens

@@ -19,13 +19,16 @@ from rlhf import parallel
 from rlhf.config.training import RlhfRun
 from rlhf.data.rows import Ids
 from rlhf.data.streams import Stream
-from rlhf.data.tokens import Padded, response_labels
+from rlhf.data.tokens import Packed, Padded, response_labels
 from rlhf.generation.distributed import sample
 from rlhf.generation.sampler import Sampler
 from rlhf.generation.sampling import Generated
+from rlhf.models import packing
 from rlhf.models.lora import adapters_disabled
 from rlhf.models.outputs import evaluating, response_logprobs, response_values, scores
-from rlhf.training.engine import unwrap
+from rlhf.training.wrapped import unwrap
+
+WASTE = 0.1  # of a batch's tokens; kernels of variable length lose as much on rows of one length
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Models:
     reference: Any | None
     reward: Any
 
+    @property
+    def read_packed_rows(self) -> bool:
+        """Whether they attend by kernels, as all do or none, and can read packed rows."""
+        return packing.uses_kernel(unwrap(self.actor))
+
 
 def roll_out(
     models: Models, sampler: Sampler, prompts: Sequence[Ids], stream: Stream, run: RlhfRun
@@ -99,7 +107,7 @@ def observe(models: Models, generated: Generated, temperature: float, micro_batc
     everything = torch.arange(len(mask), device=mask.device)
     with evaluating(models.actor), evaluating(models.critic):
         for rows in by_length(generated.batch, everything, micro_batch_size):
-            batch, labels = right_padded(generated.batch, mask, rows)  # (b, T)
+            batch, labels = compacted(generated.batch, mask, rows, packs=models.read_packed_rows)
             old[rows] = scatter(models.actor(response_logprobs, batch, labels, temperature), mask[rows])
             with _reference(models) as reference:
                 ref[rows] = scatter(reference(response_logprobs, batch, labels, temperature), mask[rows])
@@ -116,21 +124,26 @@ def by_length(batch: Padded, rows: Tensor, size: int) -> Sequence[Tensor]:
     return rows[batch.mask.sum(-1)[rows].argsort(stable=True)].split(size)
 
 
-def right_padded(batch: Padded, response_mask: Tensor, rows: Tensor) -> tuple[Padded, Tensor]:
-    """Return some prompts with their responses, each from the first column on, without padding in between.
+def compacted(
+    batch: Padded, response_mask: Tensor, rows: Tensor, *, packs: bool = False
+) -> tuple[Padded | Packed, Tensor]:
+    """Return some prompts with their responses, without padding in between.
 
     Args:
         batch: (B, P + A), as in a rollout.
         response_mask: (B, A) bool.
         rows: (b,) int64, which of them.
+        packs: all in one row, if more than `WASTE` of the tokens were padding otherwise.
 
     Returns:
-        the sequences, (b, T) padded on the right, and their labels, (b, T) bool, True on responses. Labels
-        select the same tokens as `response_mask` does, in the same order.
+        the sequences, (1, T) or (b, T) padded on the right, and their labels, bool of the same shape, True on
+        responses. Labels select the same tokens as `response_mask` does, in the same order.
     """
     chosen = Padded(batch.ids[rows], batch.mask[rows])  # (b, P + A)
-    compact, prompts = chosen.compact(), chosen.mask.sum(-1) - response_mask[rows].sum(-1)  # (b, T), (b,)
-    return compact, response_labels(prompts, compact)
+    prompts = chosen.mask.sum(-1) - response_mask[rows].sum(-1)  # (b,)
+    compact = chosen.compact()  # (b, T)
+    arranged = compact.packed() if packs and compact.mask.float().mean() < 1 - WASTE else compact
+    return arranged, response_labels(prompts, arranged)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from rlhf import parallel
 from rlhf.config.batch import BatchPlan, plan_batch, training_steps
 from rlhf.config.stages import Training
 from rlhf.data import order
+from rlhf.data.ahead import ahead
 from rlhf.data.rows import Ids, Rows
 from rlhf.data.streams import Purpose, seed_of
-from rlhf.data.tokens import Packed, Padded
 from rlhf.models import lora, packing
-from rlhf.models.graphs import BodyGraphs
+from rlhf.models.graphs import use_graphs
 from rlhf.models.outputs import evaluating
 from rlhf.progress import progress
 from rlhf.store.layout import EVAL, TRAIN
@@ -39,19 +39,31 @@ MANY_PASSES = 20  # over the same rows; more of them are usually a mistake
 class Task:
     """What a stage learns. Its functions get the Hugging Face model, not the engine around it.
 
-    `loss(model, rows)` is a float32 scalar, the sum of `terms(rows)` terms; training minimises their mean
-    over a whole batch. `measure(model, rows)` returns sums over held-out rows, by the names in `sums`, and
-    `figures(sums)` turns their totals into the reported metrics. Rows are packed to `pack_width`
-    tokens, or padded if it is None.
+    `arrange(rows)` is what the others read of a micro-batch, on the CPU. `loss(model, arranged)` is a float32
+    scalar, the sum of `terms(rows)` terms; training minimises their mean over a whole batch.
+    `measure(model, arranged)` returns sums over held-out rows, by the names in `sums`, and `figures(sums)`
+    turns their totals into the reported metrics. Rows are packed to `pack_width` tokens, or padded if it is
+    None.
     """
 
     name: str
     terms: Callable[[Batch], int]
-    loss: Callable[[Any, Batch], Tensor]
+    arrange: Callable[[Batch], Any]
+    loss: Callable[[Any, Any], Tensor]
     sums: tuple[str, ...]
-    measure: Callable[[Any, Batch], Metrics]
+    measure: Callable[[Any, Any], Metrics]
     figures: Callable[[Metrics], Metrics]
     pack_width: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reads."""
+
+    rows: int
+    tokens: int  # that the model reads
+    terms: int  # of the loss
+    micro_batches: Sequence[Any]  # this process's, arranged
 
 
 def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> Trained:
@@ -79,10 +91,18 @@ def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> 
     state.engines["model"] = trained
     done, _ = state.load() or (0, {})
     log, lengths = MetricsLog(paths.work, paths.board, done), rows.tokens_per_row
-    for step in (bar := progress(range(done, steps), task.name, unit="step", start=done, total=steps)):
+
+    def arranged(step: int) -> Step:
         numbers = order.batch(lengths, batch.train_batch_size, step, steps, seed)
-        metrics = _step(task, trained, [rows[int(i)] for i in numbers], batch.micro_batch_size)
-        log.log(step + 1, metrics, len(numbers), int(read[numbers].sum()))
+        chosen, size = [rows[int(i)] for i in numbers], batch.micro_batch_size
+        starts = parallel.own_share(range(0, len(chosen), size))
+        parts = [task.arrange(chosen[start : start + size]) for start in starts]
+        return Step(len(chosen), int(read[numbers].sum()), task.terms(chosen), parts)
+
+    bar = progress(range(done, steps), task.name, unit="step", start=done, total=steps)
+    for step, content in zip(bar, ahead(arranged, range(done, steps)), strict=True):
+        metrics = _step(task, trained, content)
+        log.log(step + 1, metrics, content.rows, content.tokens)
         if (step + 1) % run.log_steps == 0:
             bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         if (step + 1) % run.save_steps == 0 or step + 1 == steps:
@@ -116,20 +136,18 @@ def _start(task: Task, model: Any, config: Training, batch: BatchPlan, steps: in
         packing.choose_attention(model, config.dtype)
     recipe = engine.Recipe(config.optimizer, config.lora, batch, steps, config.dtype, config.run)
     trained = engine.initialize(model, recipe)
-    if packing.uses_kernel(model) and config.run.zero_stage < 3 and not config.run.gradient_checkpointing:
-        model.body_graphs = BodyGraphs(model)  # now that parameters are where they stay
+    use_graphs(model)  # now that parameters are where they stay
     return trained
 
 
-def _step(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Metrics:
+def _step(task: Task, trained: Any, content: Step) -> Metrics:
     """Do one optimizer step over all processes; return its metrics."""
-    terms, loss_sum = task.terms(rows), 0.0
-    learning_rate = trained.get_lr()[0]
-    for start in parallel.own_share(range(0, len(rows), micro_batch_size)):
-        loss = trained(task.loss, rows[start : start + micro_batch_size]) / terms
-        loss_sum += loss.item()
+    losses, learning_rate = list[Tensor](), trained.get_lr()[0]
+    for arranged in content.micro_batches:
+        loss = trained(task.loss, arranged) / content.terms
+        losses.append(loss.detach())
         engine.backward(trained, loss)
-    grad_norm = engine.step(trained)
+    grad_norm, loss_sum = engine.step(trained), sum(loss.item() for loss in losses)
     return {**parallel.all_sum({"loss": loss_sum}), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
@@ -147,7 +165,7 @@ def measure(task: Task, trained: Any, rows: Batch, micro_batch_size: int) -> Met
     for first in range(0, len(batches), parallel.world_size()):
         number = first + parallel.rank()
         counts = number < len(batches)
-        found = trained(task.measure, batches[min(number, len(batches) - 1)])
+        found = trained(task.measure, task.arrange(batches[min(number, len(batches) - 1)]))
         for name, value in found.items():
             sums[name] += counts * value
     return {**task.figures(parallel.all_sum(sums)), "eval_rows": len(rows)}
@@ -157,8 +175,3 @@ def in_batches(rows: Batch, size: int) -> Iterator[Batch]:
     """Yield rows, sorted by length, in batches of `size`; the last may be smaller."""
     ordered = sorted(rows, key=lambda row: sum(map(len, row)))
     yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
-
-
-def on_device(batch: Padded | Packed) -> Padded | Packed:
-    """Return a batch, with tensors of the same shapes and dtypes, on this process's device."""
-    return batch.to(parallel.device())

@@ -27,7 +27,7 @@ ERRORS = "key = 'k'\n"
 @pytest.fixture
 def digest(tmp_path, monkeypatch):
     """Return a function: what differs from the code above -> digest of the entry script."""
-    caches = (codehash.digest, codehash._tree, codehash._file_digest)
+    caches = (codehash.digest, codehash._tree, codehash._imports, codehash._file_digest)
     (tmp_path / "rlhf").mkdir()
     monkeypatch.setattr(codehash, "SCRIPTS", tmp_path)
 
