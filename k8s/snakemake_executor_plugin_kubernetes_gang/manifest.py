@@ -27,6 +27,7 @@ PORT = 29500
 GPU = "nvidia.com/gpu"
 INDEX = f"metadata.labels['{INDEX_LABEL}']"
 KEEP_S = 7 * 24 * 3600  # a fallback: the controller deletes a gang once Snakemake has recorded its end
+GRACE_S, SAVED_MB_PER_S = 60, 200  # for a step and the ends of processes; what a slow volume takes
 ROLE = "gang"  # name of a JobSet's replicated job
 RESERVED_ENV = {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -189,6 +190,8 @@ def _pod(spec: GangSpec, master: str | None) -> Json:
         "metadata": {"labels": _labels(spec), "annotations": {}},
         "spec": {
             "restartPolicy": "Never",
+            # A training saves its state at SIGTERM, which is not larger than its memory.
+            "terminationGracePeriodSeconds": GRACE_S + spec.memory_mb // SAVED_MB_PER_S,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": {

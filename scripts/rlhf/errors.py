@@ -13,7 +13,8 @@ from types import FrameType
 
 from rlhf.machine import is_rank_zero
 
-USER_ERROR = 2  # exit code of a process that ends with a `UserError`
+# Exit codes of a process that ends with a `UserError`, and with `Stopped` (EX_TEMPFAIL of sysexits.h).
+USER_ERROR, RESUMABLE = 2, 75
 
 
 class UserError(Exception):
@@ -30,6 +31,10 @@ class DataError(UserError):
 
 class DivergenceError(UserError):
     """A training produced a number that is not finite."""
+
+
+class Stopped(Exception):
+    """A training was asked to stop, and has saved its state."""
 
 
 def first_line(error: Exception) -> str:
@@ -50,7 +55,10 @@ def killed_by(process: str, number: int) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130."""
+    """Run an entry point; a `UserError` becomes one message on stderr and exit code 2, Ctrl-C code 130.
+
+    A training that was stopped and can be resumed ends with code 75.
+    """
     level = logging.INFO if is_rank_zero() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -58,13 +66,14 @@ def run_main(main: Callable[[], None]) -> None:
     gc.freeze()  # imported objects stay: the collector need not visit them again, nor at the end
     try:
         main()
-    except UserError as error:
+    except (UserError, Stopped) as error:
         # Imported here: a command that starts no job needs no bars.
         from rlhf.progress import close_bars  # noqa: PLC0415
 
         close_bars()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        is_mistake = isinstance(error, UserError)
+        print(f"error: {error}" if is_mistake else error, file=sys.stderr)
+        sys.exit(USER_ERROR if is_mistake else RESUMABLE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

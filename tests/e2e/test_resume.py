@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import wait_for
 
+from rlhf.errors import RESUMABLE
+
 ENTRY = {"sft": "train_sft.py", "reward": "train_reward.py", "rlhf": "train_ppo.py"}
 RESULT = {"sft": "sft/actor", "reward": "reward/model", "rlhf": "rlhf/actor"}
 
@@ -84,6 +86,34 @@ def test_a_killed_stage_resumes_and_makes_the_same_bytes(smoke, stage, tmp_path)
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
+def stop(process: subprocess.Popen, tmp_path: Path, steps: int, to_all: bool) -> None:
+    """Send SIGTERM once some steps are done; the state after the last step is saved, and no step is lost."""
+    metrics = tmp_path / "work/metrics.jsonl"
+
+    def done() -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        return metrics.exists() and len(metrics.read_text().splitlines()) >= steps
+
+    wait_for(done)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == RESUMABLE
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    said = f"stopped after step {last}, whose state is saved: the same command resumes from there"
+    assert said in (tmp_path / "log").read_text()
+    assert (tmp_path / f"work/step-{last:06d}/hashes.json").exists()
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(("stage", "to_all"), [("sft", False), ("rlhf", True)])
+def test_a_stage_that_has_to_stop_loses_no_step(smoke, stage, to_all, tmp_path):
+    published = smoke.artefact(f"smoke/{RESULT[stage]}")
+    for steps in (1, 3):
+        stop(start(smoke, stage, published, tmp_path, save_steps=10**6), tmp_path, steps, to_all)
+    assert start(smoke, stage, published, tmp_path).wait(timeout=600) == 0
+    assert (tmp_path / "log").read_text().count("resumed after step") == 2
+    assert files(tmp_path / "again") == files(published)
+
+
 def test_one_killed_process_of_two_ends_both_and_the_stage_resumes_with_the_same_bytes(smoke, tmp_path):
     published, two = (
         smoke.artefact("smoke/rlhf/actor"),
@@ -96,6 +126,8 @@ def test_one_killed_process_of_two_ends_both_and_the_stage_resumes_with_the_same
     os.kill(int((tmp_path / "work/lock").read_text().split()[1]), signal.SIGKILL)
     assert process.wait(timeout=60) != 0
     assert not (tmp_path / "again").exists()
+    done = len((tmp_path / "work/metrics.jsonl").read_text().splitlines())
+    stop(start(smoke, "rlhf", published, tmp_path, **two), tmp_path, done + 1, to_all=True)  # both agree
     assert start(smoke, "rlhf", published, tmp_path, **two).wait(timeout=600) == 0
     assert "resumed after step" in (tmp_path / "log").read_text()
     ours, theirs = files(tmp_path / "again"), files(tmp_path / "whole/again")

@@ -42,6 +42,7 @@ from rlhf.training.paths import Paths
 from rlhf.training.ptx import Ptx
 from rlhf.training.rollout import Models, Rollout, by_length, compacted, roll_out
 from rlhf.training.state import State
+from rlhf.training.stopping import StopRequest, stopped
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     Raises:
         DataError: the reward model gives every response the same score, or LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
+        Stopped: SIGTERM asked for it; the state is saved.
         UserError: another process trains the same artefact, the state does not fit the configuration, or
             `inference_tp_size` processes cannot divide the actor evenly.
     """
@@ -145,26 +147,30 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     loop = LoopState(**found[1]) if found else _calibrate(learner, prompts)
     log, health = MetricsLog(paths.work, paths.board, done), Health()
     bar = progress(range(done, iterations), "PPO", unit="iteration", start=done, total=iterations)
-    for iteration in bar:
-        # 1. Responses to the next prompts, and what all models say about them.
-        first = iteration * config.rollout_batch_size
-        rows = order.stream(len(prompts), seed, first, config.rollout_batch_size)
-        chosen = [prompts[int(i)][0] for i in rows]
-        stream = Stream(seed, Purpose.ROLLOUT, first)
-        rollout = roll_out(learner.models, learner.sampler, chosen, stream, run)
-        # 2. Rewards and advantages.
-        targets, metrics = _targets(rollout, config, loop, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
-        # 3. Several optimizer steps on both models.
-        metrics |= _optimize(learner, rollout, targets, iteration)
-        # 4. The KL coefficient, metrics, state.
-        _adapt_kl_coef(loop, config, metrics["kl_ref"])
-        log.log(iteration + 1, metrics, len(chosen), int(rollout.batch.mask.sum()))
-        if parallel.rank() == 0:
-            health.look(iteration + 1, metrics)
-        if (iteration + 1) % run.log_steps == 0:
-            bar.set_postfix({n: f"{metrics[n]:.3g}" for n in ("score", "kl_ref", "length")})
-        if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations:
-            state.save(iteration + 1, vars(loop))
+    with StopRequest() as request:
+        for iteration in bar:
+            # 1. Responses to the next prompts, and what all models say about them.
+            first = iteration * config.rollout_batch_size
+            rows = order.stream(len(prompts), seed, first, config.rollout_batch_size)
+            chosen = [prompts[int(i)][0] for i in rows]
+            stream = Stream(seed, Purpose.ROLLOUT, first)
+            rollout = roll_out(learner.models, learner.sampler, chosen, stream, run)
+            # 2. Rewards and advantages.
+            targets, metrics = _targets(rollout, config, loop, rng(seed, Purpose.SHUFFLED_SCORES, iteration))
+            # 3. Several optimizer steps on both models.
+            metrics |= _optimize(learner, rollout, targets, iteration)
+            # 4. The KL coefficient, metrics, state.
+            _adapt_kl_coef(loop, config, metrics["kl_ref"])
+            log.log(iteration + 1, metrics, len(chosen), int(rollout.batch.mask.sum()))
+            if parallel.rank() == 0:
+                health.look(iteration + 1, metrics)
+            if (iteration + 1) % run.log_steps == 0:
+                bar.set_postfix({n: f"{metrics[n]:.3g}" for n in ("score", "kl_ref", "length")})
+            stops = request.is_agreed()
+            if (iteration + 1) % run.save_steps == 0 or iteration + 1 == iterations or stops:
+                state.save(iteration + 1, vars(loop))
+            if stops:
+                raise stopped(iteration + 1)
     return Trained(_summary(log.path, iterations) if parallel.rank() == 0 else {}, log, run, learner.ema)
 
 

@@ -27,6 +27,7 @@ from rlhf.training import engine, fit
 from rlhf.training.metrics import Metrics, MetricsLog, Trained, significant
 from rlhf.training.paths import Paths
 from rlhf.training.state import State
+from rlhf.training.stopping import StopRequest, stopped
 
 Batch = Sequence[list[Ids]]  # rows; each is a list with its parts: token ids, (tokens,) int32
 
@@ -75,6 +76,7 @@ def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> 
     Raises:
         DataError: LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
+        Stopped: SIGTERM asked for it; the state is saved.
         UserError: another process trains the same artefact, or the state does not fit the configuration.
     """
     state = State(paths.work, config.run.shard_layout)
@@ -100,13 +102,17 @@ def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> 
         return Step(len(chosen), int(read[numbers].sum()), task.terms(chosen), parts)
 
     bar = progress(range(done, steps), task.name, unit="step", start=done, total=steps)
-    for step, content in zip(bar, ahead(arranged, range(done, steps)), strict=True):
-        metrics = _step(task, trained, content)
-        log.log(step + 1, metrics, content.rows, content.tokens)
-        if (step + 1) % run.log_steps == 0:
-            bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
-        if (step + 1) % run.save_steps == 0 or step + 1 == steps:
-            state.save(step + 1, {})
+    with StopRequest() as request:
+        for step, content in zip(bar, ahead(arranged, range(done, steps)), strict=True):
+            metrics = _step(task, trained, content)
+            log.log(step + 1, metrics, content.rows, content.tokens)
+            if (step + 1) % run.log_steps == 0:
+                bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
+            stops = request.is_agreed()
+            if (step + 1) % run.save_steps == 0 or step + 1 == steps or stops:
+                state.save(step + 1, {})
+            if stops:
+                raise stopped(step + 1)
     sample = [held_out[i] for i in range(min(config.eval_rows, len(held_out)))]
     with evaluating(trained.module):
         measured = measure(task, trained, sample, run.micro_rows)

@@ -13,7 +13,7 @@ import launch
 import pytest
 from conftest import heed_ctrl_c
 
-from rlhf.errors import UserError
+from rlhf.errors import RESUMABLE, UserError
 from rlhf.machine import visible_gpus
 
 LAUNCH = Path(__file__).parents[3] / "scripts/launch.py"
@@ -185,6 +185,15 @@ def test_a_process_that_is_killed_is_reported_with_what_that_may_mean(start, tmp
     assert said == (tmp_path / "log").read_text()
     assert said.startswith("error: the process was ended by SIGKILL, as the kernel does when memory runs out")
     assert said.endswith("; the same command resumes from the last saved state\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_training_has_an_exit_code_of_its_own(start, tmp_path, processes):
+    program = f"import os, sys; sys.exit({RESUMABLE} if os.environ['RANK'] == '{processes - 1}' else 1)"
+    (tmp_path / "program.py").write_text(program)
+    process = start("--processes", str(processes))
+    process.communicate()
+    assert process.returncode == RESUMABLE
 
 
 WAITS = """
