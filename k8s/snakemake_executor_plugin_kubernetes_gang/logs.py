@@ -6,10 +6,14 @@ restart of the controller.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +75,10 @@ class Follower(threading.Thread):
     """Copies a pod's log to a file, and its lines to `show`, until the container has ended.
 
     If it is finished before it was started, it copies the log with one request. With `tail` it begins
-    near the log's end. `is_complete`: a stream has ended normally since the last line.
+    near the log's end. `is_complete`: a stream has ended normally since the last line, and all is in the file.
+
+    A file that cannot be written, as on a full volume, is reported to `warn` once. The log is copied on, so
+    that its gang ends as others do; `unwritten` has the last lines that are missing in the file.
     """
 
     def __init__(
@@ -81,15 +88,22 @@ class Follower(threading.Thread):
         path: Path,
         show: Callable[[str], None] = lambda line: None,
         *,
+        warn: Callable[[str], None] = lambda line: None,
         tail: bool = False,
     ):
         super().__init__(name=f"log-{pod['metadata']['name']}", daemon=True)
-        self._cluster, self._path, self._show = cluster, path, show
+        self._cluster, self._path, self._show, self._warn = cluster, path, show, warn
         self._pod, self._container = pod["metadata"]["name"], status.container(pod).get("name", "")
         self._first = {"tailLines": TAIL_LINES} if tail else {}
         self._ended, self._given_up = threading.Event(), threading.Event()
         self._starting, self._received_at = threading.Lock(), 0.0
-        self.is_complete = False
+        self._is_cut = False
+        self._is_at_end = False
+        self.unwritten: deque[bytes] = deque(maxlen=TAIL_LINES)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._is_at_end and not self.unwritten
 
     def finish(self) -> bool:
         """Read the rest and stop, because the container has ended; False if this was called before."""
@@ -115,8 +129,14 @@ class Follower(threading.Thread):
         return self._given_up.is_set() or not self.is_alive()
 
     def run(self) -> None:
-        position, attempt = resume(self._path), 0
-        with self._path.open("ab", buffering=0) as file:
+        attempt = 0
+        try:
+            position = resume(self._path)
+            opened: Any = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._warn_of(error)
+            position, opened = Position(), nullcontext()
+        with opened as file:
             while not self._given_up.is_set():
                 last = self._ended.is_set()
                 outcome = self._read(position, file, follow=not last)
@@ -130,7 +150,7 @@ class Follower(threading.Thread):
         """Copy one stream: `complete` at its end, `retry` if it broke or is not ready, `gone` with its pod."""
         try:
             self._copy(position, file, follow=follow)
-            self.is_complete = True
+            self._is_at_end = True
             return "complete"
         except ApiError as error:
             # A kubelet that has just restarted does not know its pods yet, and answers 404 as well.
@@ -166,16 +186,34 @@ class Follower(threading.Thread):
             return  # the file has been read, and another follower may be writing to it
         match = LINE.match(line)
         if match and position.is_new(match.group(1).decode()):
-            self._received_at, self.is_complete = time.monotonic(), False
-            file.write(line + b"\n")
+            self._received_at, self._is_at_end = time.monotonic(), False
+            self._store(line, file)
             # Show only the last state of a progress bar.
             self._show(match.group(2).rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace"))
 
+    def _store(self, line: bytes, file: Any) -> None:
+        try:
+            if file is None or file.write(line + b"\n") <= len(line):  # not opened, or written in part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._warn_of(error)
+            self.unwritten.append(line + b"\n")
 
-def tail(path: Path) -> str:
-    """Return the end of a stored log as its command wrote it."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return without_stamps(b"".join(lines[-TAIL_LINES:])).decode(errors="replace")
+    def _warn_of(self, error: OSError) -> None:
+        if not self._is_cut:
+            self._is_cut = True
+            self._warn(
+                f"the log of {self._pod} is cut, because {self._path} cannot be written ({error.strerror}): free space"
+                " on the volume; the pod is not stopped"
+            )
+
+
+def tail(path: Path, unwritten: Iterable[bytes] = ()) -> str:
+    """Return the end of a stored log as its command wrote it, with what could not be written."""
+    stored = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if stored and not stored[-1].endswith(b"\n"):
+        stored.pop()  # written in part, and whole among the others
+    return without_stamps(b"".join([*stored, *unwritten][-TAIL_LINES:])).decode(errors="replace")
 
 
 def without_stamps(text: bytes) -> bytes:

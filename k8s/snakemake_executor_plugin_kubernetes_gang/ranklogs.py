@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from . import logs, status
@@ -52,9 +53,12 @@ class RankLogs:
         tails = {}
         for pod in pods:
             path, message = self._path(pod), str(status.terminated(pod).get("message", ""))
-            if message and not (path.exists() and path.stat().st_size):
-                path.write_text(message)
-            tails[status.rank(pod)] = logs.tail(path)
+            text = logs.tail(path, self._follower(pod).unwritten)
+            if message and not text:
+                text = message
+                with suppress(OSError):  # its follower has reported a file that cannot be written
+                    path.write_text(message)
+            tails[status.rank(pod)] = text
         return tails
 
     def incomplete(self, pods: Iterable[Json]) -> list[int]:
@@ -82,6 +86,6 @@ class RankLogs:
             if uid not in self._followers:
                 show = {"show": self._show} if rank == 0 else {}
                 self._followers[uid] = logs.Follower(
-                    self._cluster, pod, self._path(pod), tail=rank > 0, **show
+                    self._cluster, pod, self._path(pod), warn=self._show, tail=rank > 0, **show
                 )
             return self._followers[uid]

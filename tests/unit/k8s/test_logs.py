@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import io
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -182,3 +185,48 @@ def test_a_node_that_has_lost_the_log_is_not_waited_for_forever(tmp_path, quick)
     time.sleep(0.2)
     assert collected(stored, [pod(exitCode=1)], limit_s=5.0)
     assert not stored.incomplete([pod(exitCode=1)]), "a stream has ended normally before"
+
+
+class Limited(io.FileIO):
+    """A file on a volume that has room for a few bytes; the last write that has some is short."""
+
+    room = 0
+
+    def write(self, data):
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(data[: self.room])
+        self.room -= written
+        return written
+
+
+class OnFullVolume(type(Path())):
+    def open(self, mode="r", *options, **named):
+        return Limited(self, mode) if mode == "ab" else super().open(mode, *options, **named)
+
+
+@pytest.mark.parametrize("room", [0, 30, 40])
+def test_a_full_volume_cuts_the_log_says_so_once_and_holds_nothing_up(tmp_path, quick, monkeypatch, room):
+    monkeypatch.setattr(Limited, "room", room)
+    monkeypatch.setattr(ranklogs.RankLogs, "_path", lambda self, pod: OnFullVolume(tmp_path / "log"))
+    lines = TWO_LINES + TWO_LINES.replace(b"00Z", b"09Z").replace(b" a", b" c").replace(
+        b" b", b" ValueError: d"
+    )
+    shown, ended = [], [pod(exitCode=1)]
+    stored = rank_logs(Log(lines), tmp_path, shown)
+    assert stored.collect(ended, 5.0)
+    warnings = [line for line in shown if "is cut" in line]
+    assert len(warnings) == 1
+    assert "No space left on device): free space" in warnings[0]
+    assert [line for line in shown if line not in warnings] == ["a", "b", "c", "ValueError: d"]
+    assert stored.incomplete(ended) == [0]
+    assert stored.tails(ended)[0].endswith("ValueError: d\n"), "the cause is known although it is not stored"
+
+
+def test_a_log_that_cannot_be_opened_is_shown(tmp_path, quick):
+    (tmp_path / "01234567.rank-0.log").mkdir()
+    shown, ended = [], [pod(exitCode=0)]
+    stored = rank_logs(Log(TWO_LINES), tmp_path, shown)
+    assert stored.collect(ended, 5.0)
+    assert shown[1:] == ["a", "b"]
+    assert "is cut" in shown[0]
