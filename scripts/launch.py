@@ -179,22 +179,32 @@ def _keep(file: BinaryIO, log: Path) -> None:
 
 
 def _copy(source: BinaryIO, log: BinaryIO) -> None:
-    """Copy output to stderr as it comes, and to the log with few lines of each progress bar."""
-    last_bar, pending = 0.0, b""
+    """Copy output to a terminal as it comes, and to logs with few lines of each progress bar.
+
+    Where stderr is no terminal it is a log, too: of a pod, or of whoever started this.
+    """
+    last_bar, pending, terminal = 0.0, b"", sys.stderr.isatty()
+    copies = [log] if terminal else [log, sys.stderr.buffer]
     while chunk := os.read(source.fileno(), 65536):
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
+        if terminal:
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
         *lines, pending = (pending + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True) or [b""]
         if pending.endswith((b"\n", b"\r")):
             lines, pending = [*lines, pending], b""
         for line in lines:
             if line.endswith(b"\n"):
-                log.write(line)
+                _write(line, copies)
             elif time.monotonic() - last_bar > BAR_SECONDS and line.strip():
                 last_bar = time.monotonic()
-                log.write(line.strip() + b"\n")
-        log.flush()
-    log.write(pending)
+                _write(line.strip() + b"\n", copies)
+    _write(pending, copies)
+
+
+def _write(line: bytes, files: list[BinaryIO]) -> None:
+    for file in files:
+        file.write(line)
+        file.flush()
 
 
 if __name__ == "__main__":

@@ -303,8 +303,12 @@ def test_more_gpus_than_there_are_is_an_error_and_none_gives_none(gpus):
         assert none == {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def test_logs_hold_every_line_and_few_of_a_bars_and_the_terminal_all(tmp_path, monkeypatch, capfdbinary):
-    """A bar is drawn over and over after a carriage return."""
+@pytest.mark.parametrize("terminal", [True, False])
+def test_logs_hold_every_line_and_few_of_a_bars_and_a_terminal_all(
+    tmp_path, monkeypatch, capfdbinary, terminal
+):
+    """A bar is drawn over and over after a carriage return. Without a terminal stderr is a log, as in a pod."""
+    monkeypatch.setattr(launch.sys.stderr, "isatty", lambda: terminal)
     clock = count(100.0, 3.0)  # seconds: each look at the clock is 3 later
     monkeypatch.setattr(launch.time, "monotonic", lambda: next(clock))
     said = b"begin\r\n\rbar 1\rbar 2\rbar 3\rbar 4\rbar 5\ndone\nno end"
@@ -313,5 +317,6 @@ def test_logs_hold_every_line_and_few_of_a_bars_and_the_terminal_all(tmp_path, m
     os.close(writer)
     with os.fdopen(reader, "rb") as source, (tmp_path / "log").open("wb") as log:
         launch._copy(source, log)
-    assert capfdbinary.readouterr().err == said
-    assert (tmp_path / "log").read_bytes() == b"begin\nbar 1\nbar 5\ndone\nno end"
+    thinned = b"begin\nbar 1\nbar 5\ndone\nno end"
+    assert capfdbinary.readouterr().err == (said if terminal else thinned)
+    assert (tmp_path / "log").read_bytes() == thinned
