@@ -50,8 +50,7 @@ def read(gang: Json, pods: Iterable[Json], nodes: int) -> Status:
     # DeepSpeedJob's controller looks at worker 0 only, and may be done before another worker fails.
     if phase == "succeeded" and gang["kind"] == "DeepSpeedJob" and any(map(_has_failed, newest)):
         phase = "failed"
-    if not phase:
-        phase = _phase(gang, newest, running, nodes)
+    phase = phase or _held(newest, nodes) or _phase(gang, newest, running, nodes)
     return Status(phase, newest, running, condition.get("reason", ""), condition.get("message", ""))
 
 
@@ -67,6 +66,22 @@ def _end(gang: Json) -> tuple[str, Json]:
         if condition in true:
             return phase, true[condition]
     return "", {}
+
+
+def _held(pods: tuple[Json, ...], nodes: int) -> str:
+    """The phase of a gang whose commands have ended, but not all containers: a proxy or an agent beside them stays.
+
+    The cluster does not end such a pod; its gang ends when it is deleted.
+    """
+    ends = [terminated(pod) for pod in pods]
+    stays = [bool(end) and _has_running_container(pod) for pod, end in zip(pods, ends, strict=True)]
+    if any(there and end.get("exitCode") for there, end in zip(stays, ends, strict=True)):
+        return "failed"
+    return "succeeded" if any(stays) and len(ends) == nodes and all(ends) else ""
+
+
+def _has_running_container(pod: Json) -> bool:
+    return any("running" in c.get("state", {}) for c in pod.get("status", {}).get("containerStatuses") or ())
 
 
 def _phase(gang: Json, pods: tuple[Json, ...], running: int, nodes: int) -> str:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 import harness
 from harness import CLAIM, IMAGE, wait_until
 
@@ -43,6 +45,27 @@ def test_a_pod_and_a_gang_of_two(workdir):
     assert not place.objects("jobs,services,pods"), "nothing is left behind"
     stored = list(place.path.glob(".snakemake/auxiliary/kubernetes-gang/two-*/*.rank-*.log"))
     assert len(stored) == 2, "every rank's log is on the volume"
+
+
+def test_a_container_that_stays_does_not_keep_its_gang(workdir):
+    """A proxy or a log agent beside the command: the cluster never ends its pod."""
+    rule = "rule {0}:\n    output: '{0}.txt'\n    resources: nodes=2\n    shell: '{1}'\n"
+    place = workdir(
+        "rule all:\n    input: 'good.txt', 'bad.txt'\n"
+        + rule.format("good", "echo $NODE_RANK >> {output}")
+        + rule.format("bad", "[ $NODE_RANK = 0 ] && sleep 600; echo no such row >&2; exit 7")
+    )
+    template = yaml.safe_load(place.template.read_text())
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    agent = {"name": "agent", "image": IMAGE, "command": ["sleep", "3600"], "securityContext": security}
+    template["spec"]["containers"].append(agent)
+    place.template.write_text(yaml.safe_dump(template))
+    code, said = place.run("--keep-going", limit_s=240)
+    assert code != 0
+    assert sorted((place.path / "good.txt").read_text().split()) == ["0", "1"]
+    assert "exit code 7" in said
+    assert "no such row" in said
+    wait_until("the pods are gone", lambda: not place.objects("jobs,services,pods"), 60)
 
 
 def test_rbac_yaml_alone_is_all_that_jobs_need(workdir):

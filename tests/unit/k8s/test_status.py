@@ -50,6 +50,30 @@ def test_a_gang_runs_when_all_its_pods_do():
     assert status.read(obj, [pod(0), pod(1, deletionTimestamp="t")], 2).phase == "starting"
 
 
+def with_agent(rank, code=None, agent="running"):
+    """A pod whose command ended with a code, or runs, and whose agent runs on or has ended."""
+    ended = {"terminated": {"exitCode": code}} if code is not None else {"running": {}}
+    states = [{"name": "agent", "state": {agent: {}}}, {"name": "main", "state": ended}]
+    found = pod(rank)
+    found["status"]["containerStatuses"] = states
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pods", "phase"),
+    [
+        ([with_agent(0, 0), with_agent(1, 0)], "succeeded"),
+        ([with_agent(0, 0), with_agent(1, 0, agent="terminated")], "succeeded"),
+        ([with_agent(0, 0), with_agent(1)], "running"),
+        ([with_agent(0, 0)], "starting"),
+        ([with_agent(0, 3), with_agent(1)], "failed"),
+        ([with_agent(0, 3, agent="terminated"), with_agent(1)], "running"),  # the cluster ends it
+    ],
+)
+def test_a_container_that_stays_does_not_keep_a_gang_whose_commands_have_ended(pods, phase):
+    assert status.read(gang("Job"), pods, 2).phase == phase
+
+
 def test_a_requeued_gang_is_queued_although_its_pods_still_end():
     obj = {**gang("Job"), "spec": {"suspend": True}}
     assert status.read(obj, [pod(0, deletionTimestamp="t"), pod(1)], 2).phase == "queued"
