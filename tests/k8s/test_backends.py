@@ -16,7 +16,7 @@ from harness import wait_until
 from snakemake_executor_plugin_kubernetes_gang.spec import gang_name
 
 GOLDEN = harness.REPO / "tests" / "k8s" / "golden"
-# Fails at its first attempt when it is told to; a rule with GPUs goes to the backend.
+# Fails at its first attempt on request; a rule with GPUs goes to the backend.
 GANG = r"""
 rule gang:
     output: directory("out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -99,6 +100,32 @@ def test_every_path_in_back_ticks_exists(document):
 )
 def test_a_path_that_is_gone_is_noticed(word, expected):
     assert missing(word, ROOT) == expected
+
+
+def undefined(name):
+    """Return whether `wing.module.name` is no function, class or constant of our library."""
+    wing, module, wanted = name.split(".")
+    path = ROOT / "scripts/rlhf" / wing / f"{module}.py"
+    body = ast.parse(path.read_text()).body if path.exists() else []
+    assigned = {
+        t.id for node in body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    }
+    return wanted not in assigned | {getattr(node, "name", None) for node in body}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_function_in_back_ticks_exists(document):
+    wings = "|".join(path.name for path in (ROOT / "scripts/rlhf").iterdir() if path.is_dir())
+    names = re.findall(rf"`((?:{wings})\.\w+\.\w+)`", prose(document))
+    assert [name for name in names if undefined(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("training.ppo_math.gae", False), ("training.ppo_math.gone", True), ("training.gone.gae", True)],
+)
+def test_a_function_that_is_gone_is_noticed(name, expected):
+    assert undefined(name) == expected
 
 
 @cache

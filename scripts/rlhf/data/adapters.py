@@ -213,7 +213,7 @@ def _alternating(speakers: list[tuple[str, str]], first: str, second: str) -> Tu
 def _completed(turns: Turns, value: Any) -> tuple[Turns, str]:
     """Return the turns before a response, and the response: text, or the last of a list of messages.
 
-    Messages before the last one repeat the prompt or go on after it, and become part of it. Nothing of them
+    Messages before the last one repeat the prompt or continue it, and become part of it. Nothing of them
     is left out in silence.
     """
     if not isinstance(value, list):

@@ -182,8 +182,8 @@ def _no_rows(split: str, stage: Stage, counters: dict[str, Counter[str]], groups
         if groups < FEW_GROUPS and total.total() > groups:
             remedy = (
                 f"all rows are in {'one group' if groups == 1 else f'{groups} groups'}, and a group is in one split; without"
-                " `columns.group` rows with the same first turn are a group: name a column there that tells"
-                " conversations apart"
+                " `columns.group` rows with the same first turn are a group: name a column there that differs"
+                " between conversations"
             )
     elif max(reasons, key=reasons.__getitem__).startswith(TOO_LONG):
         remedy = f"raise {'max_prompt_tokens' if stage == 'rlhf' else 'max_tokens'}"

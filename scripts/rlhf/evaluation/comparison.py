@@ -45,7 +45,7 @@ class Models:
 def compare(models: Models, data: Path, config: Eval, run: RlhfRun) -> tuple[list[dict[str, Any]], Figures]:
     """Return one row per prompt, and the summary, in every process. Both actors get the same noise.
 
-    Each process answers a part of the prompts. The last prompt is repeated, and not counted, until all
+    Each process samples responses to a part of the prompts. The last prompt is repeated, and not counted, until all
     parts have the same size.
 
     Args:

@@ -43,7 +43,7 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def relu(self, x: Tensor) -> Tensor:
-        """Return (..., outputs), at least 0, in one kernel where there is a bias."""
+        """Return (..., outputs) of the dtype of `x`, at least 0, in one kernel where there is a bias."""
         if self.bias is None:
             return F.relu(self(x))
         out = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t())
@@ -184,7 +184,7 @@ class Decoder:
         return add_norm(x, added, self.norm)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return (..., V) logits of (..., H) hidden states."""
+        """Return (..., V) logits of (..., H) hidden states, both of the model's dtype."""
         if self.project_out is not None:
             hidden = F.linear(hidden, self.project_out)
         return F.linear(hidden, self.head)

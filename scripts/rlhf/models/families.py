@@ -1,4 +1,4 @@
-"""Everything that depends on a model's family, decided from its configuration."""
+"""What depends on a model's family, decided from its configuration. How the engine decodes it: `generation.decoder`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def response_logprobs_and_entropy(
 def _logprobs(
     model: Any, batch: Padded | Packed, labels: Tensor, temperature: float, *, with_entropy: bool
 ) -> Sequence[Tensor]:
-    """Return log-probs, and entropies if asked for.
+    """Return log-probs, and entropies `with_entropy`.
 
     Few tokens have their logits at a time: they are computed in chunks, and again in the backward pass. Under
     ZeRO-3 they are computed at once, because processes with different numbers of chunks would gather the

@@ -30,7 +30,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered_parameters(parameters: Sequence[Tensor], *, changed: bool = False) -> Iterator[None]:
-    """Gather parameters to their full shapes within the block.
+    """Gather parameters, of any dtype, to their full shapes within the block.
 
     Args:
         changed: rank 0 changes the parameters in the block; all processes keep its values.

@@ -123,7 +123,7 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     Raises:
         DataError: the reward model gives every response the same score, or LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
-        Stopped: SIGTERM asked for it; the state is saved.
+        Stopped: SIGTERM came; the state is saved.
         UserError: another process trains the same artefact, the state does not fit the configuration, or
             `inference_tp_size` processes cannot divide the actor evenly.
     """

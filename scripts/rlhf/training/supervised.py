@@ -76,7 +76,7 @@ def train(task: Task, model: Any, config: Training, seed: int, paths: Paths) -> 
     Raises:
         DataError: LoRA's targets match no layer.
         DivergenceError: a loss or gradient is not finite.
-        Stopped: SIGTERM asked for it; the state is saved.
+        Stopped: SIGTERM came; the state is saved.
         UserError: another process trains the same artefact, or the state does not fit the configuration.
     """
     state = State(paths.work, config.run.shard_layout)

@@ -158,6 +158,16 @@ def test_a_users_mistake_in_any_process_ends_the_launch_as_one(start, rank):
     assert ["error: a mistake", "error: process 1 says in its own log what is wrong"][rank] in said
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(
+    start, tmp_path, processes, given, expected
+):
+    (tmp_path / "program.py").write_text("import os; print('spins', os.environ['GOMP_SPINCOUNT'])")
+    said = start("--processes", str(processes), **given).communicate()[1]
+    assert f"spins {expected}\n" in said
+
+
 def test_one_process_hands_on_its_exit_code(start):
     process = start(argument="fail-0")
     process.communicate()
