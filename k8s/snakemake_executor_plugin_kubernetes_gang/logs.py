@@ -97,7 +97,7 @@ class Follower(threading.Thread):
         self._first = {"tailLines": TAIL_LINES} if tail else {}
         self._ended, self._given_up = threading.Event(), threading.Event()
         self._starting, self._received_at = threading.Lock(), 0.0
-        self._is_cut = False
+        self._lacks_lines = False
         self._is_at_end = False
         self.unwritten: deque[bytes] = deque(maxlen=TAIL_LINES)
 
@@ -200,8 +200,8 @@ class Follower(threading.Thread):
             self.unwritten.append(line + b"\n")
 
     def _warn_of(self, error: OSError) -> None:
-        if not self._is_cut:
-            self._is_cut = True
+        if not self._lacks_lines:
+            self._lacks_lines = True
             self._warn(
                 f"the log of {self._pod} is cut, because {self._path} cannot be written ({error.strerror}): free space"
                 " on the volume; the pod is not stopped"

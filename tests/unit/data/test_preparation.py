@@ -145,7 +145,7 @@ def test_a_missing_column_is_reported_with_what_to_do(tmp_path, tokenizer_path):
         (
             rows_of(90, group="all"),
             {},
-            r"all rows are in one group, .* `columns.group` .*: name a column there that tells conversations apart$",
+            r"all rows are in one group, .* `columns.group` .*: name a column there that differs between conversations$",
         ),
     ],
 )
