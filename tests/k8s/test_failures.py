@@ -23,7 +23,9 @@ FAILING = {
             import sys, types, torch
             sys.path.insert(0, "{harness.REPO}/scripts")
             from rlhf.training import engine
-            engine.backward(types.SimpleNamespace(global_steps=3, fp16_enabled=lambda: False), torch.tensor(float("nan")))'""",
+            trained = types.SimpleNamespace(global_steps=3, fp16_enabled=lambda: False)
+            trained.micro_batch_losses, trained.gradient_accumulation_steps = [torch.tensor(float("nan"))], lambda: 1
+            engine.step(trained)'""",
     ),
     "peer": (
         "resources: nodes=2, mem_mb=1000",
