@@ -111,7 +111,7 @@ def main() -> None:
         "splitting is not flat in memory": more_mb > 150,
         "fewer than 50,000 tokens/s per core": tokenised["tokens_per_s_per_core"] < 50_000,
     }
-    sys.exit("; ".join(text for text, is_broken in broken.items() if is_broken))
+    sys.exit("; ".join(text for text, is_broken in broken.items() if is_broken) or 0)
 
 
 if __name__ == "__main__":
