@@ -66,7 +66,9 @@ def speeds(trained, ways: dict[str, tuple[list, int | None]], micro: int) -> dic
     for number in range(len(next(iter(ways.values()))[0])):
         for name, (batches, width) in ways.items():
             started = now()
-            supervised._step(sft.task(PAD, width), trained, batches[number], micro)
+            task, batch = sft.task(PAD, width), batches[number]
+            parts = [task.arrange(batch[start : start + micro]) for start in range(0, len(batch), micro)]
+            supervised._step(task, trained, supervised.Step(len(batch), 0, task.terms(batch), parts))
             seconds[name] += now() - started if number else 0.0
     useful = {
         name: sum(len(part) for batch in batches[1:] for row in batch for part in row)
