@@ -31,10 +31,9 @@ def hidden_inputs(model: Any, batch: Padded | Packed) -> dict[str, Any]:
     inputs = {"input_ids": batch.ids, "position_ids": batch.positions}
     if isinstance(batch, Packed) and packing.uses_kernel(model):
         return inputs | packing.kernel_inputs(batch.boundaries, batch.longest)
-    assert batch.attention is None or not packing.uses_kernel(model), (
-        "kernels do not see padding before tokens"
-    )
-    return {**inputs, "attention_mask": batch.attention}
+    attention = batch.attention  # made at each look, and of packed rows (B, 1, T, T)
+    assert attention is None or not packing.uses_kernel(model), "kernels do not see padding before tokens"
+    return {**inputs, "attention_mask": attention}
 
 
 def last_hidden(model: Any, batch: Padded | Packed) -> Tensor:

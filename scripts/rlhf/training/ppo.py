@@ -132,11 +132,7 @@ def train(models: Models, config: Rlhf, sampling: Sampling, seed: int, paths: Pa
     state.lock()
     _add_adapters(models, config, seed)
     frozen = [model for model in (models.reward, models.reference) if model is not None]
-    everything = [models.actor, models.critic, *frozen]
-    # Families that are not sampled by the engine are sampled by their own forward, which reads padded rows.
-    if families.has_layout(models.actor.config) and packing.obstacle(everything, config.dtype) is None:
-        for model in everything:
-            packing.use_kernel(model)
+    _choose_attention([models.actor, models.critic, *frozen], config.dtype)
     config = fit.fitted_rlhf([models.actor, models.critic], frozen, config)
     run = config.run
     iterations = rlhf_iterations(config, len(prompts))
@@ -179,6 +175,14 @@ def _add_adapters(models: Models, config: Rlhf, seed: int) -> None:
         lora.add(models.actor, config.actor_lora, seed_of(seed, Purpose.LORA))
     if config.critic_lora:
         lora.add(models.critic, config.critic_lora, seed_of(seed, Purpose.CRITIC_LORA))
+
+
+def _choose_attention(models: Sequence[Any], dtype: str) -> None:
+    """Let all models, the actor first, attend by kernels of variable length if every one of them can."""
+    # Families that are not sampled by the engine are sampled by their own forward, which reads padded rows.
+    if families.has_layout(models[0].config) and packing.obstacle(models, dtype) is None:
+        for model in models:
+            packing.use_kernel(model)
 
 
 def _learner(
